@@ -1,0 +1,75 @@
+"""TransNormer for Hugging Face Transformers. Importing this package registers its models with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .cache_transnormer import TransNormerCache
+from .configuration_transnormer import TransNormerConfig
+from .modeling_transnormer import (
+    TransNormerForCausalLM,
+    TransNormerForMaskedLM,
+    TransNormerForMultipleChoice,
+    TransNormerForQuestionAnswering,
+    TransNormerForSequenceClassification,
+    TransNormerForTokenClassification,
+    TransNormerModel,
+    TransNormerPreTrainedModel,
+)
+from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm
+
+__version__ = "0.1.0"
+
+AUTO_CLASSES = {
+    AutoModel: TransNormerModel,
+    AutoModelForCausalLM: TransNormerForCausalLM,
+    AutoModelForMaskedLM: TransNormerForMaskedLM,
+    AutoModelForSequenceClassification: TransNormerForSequenceClassification,
+    AutoModelForTokenClassification: TransNormerForTokenClassification,
+    AutoModelForQuestionAnswering: TransNormerForQuestionAnswering,
+    AutoModelForMultipleChoice: TransNormerForMultipleChoice,
+}
+
+AutoConfig.register(TransNormerConfig.model_type, TransNormerConfig, exist_ok=True)
+TransNormerConfig.register_for_auto_class()
+for _auto_class, _model_class in AUTO_CLASSES.items():
+    _auto_class.register(TransNormerConfig, _model_class, exist_ok=True)
+    # what makes save_pretrained write the code beside the weights
+    _model_class.register_for_auto_class(_auto_class.__name__)
+
+try:
+    from peft.utils import constants as peft_constants
+except ImportError:  # peft is not installed
+    pass
+else:
+    # The modules that LoraConfig() and IA3Config() adapt where the user names none.
+    for _mapping, _modules in {
+        "LORA_TARGET": ["q_proj", "v_proj"],
+        "IA3_TARGET": ["k_proj", "v_proj", "down_proj"],
+        "IA3_FEEDFORWARD": ["down_proj"],
+    }.items():
+        _defaults = getattr(peft_constants, f"TRANSFORMERS_MODELS_TO_{_mapping}_MODULES_MAPPING")
+        _defaults.setdefault(TransNormerConfig.model_type, _modules)
+
+__all__ = [
+    "TransNormerCache",
+    "TransNormerConfig",
+    "TransNormerForCausalLM",
+    "TransNormerForMaskedLM",
+    "TransNormerForMultipleChoice",
+    "TransNormerForQuestionAnswering",
+    "TransNormerForSequenceClassification",
+    "TransNormerForTokenClassification",
+    "TransNormerModel",
+    "TransNormerPreTrainedModel",
+    "diag_attention",
+    "norm_attention",
+    "simple_rms_norm",
+]

@@ -1,0 +1,263 @@
+"""Configuration of TransNormer: the paper's two models, and every ablation of it, as fields."""
+
+import os
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2CLS
+
+# Both attentions of each variant: T1 pairs relu blocks with phi = elu, T2 softmax blocks
+# with phi = 1 + elu.
+VARIANTS = {
+    "t1": {"diag_activation": "relu", "feature_map": "elu"},
+    "t2": {"diag_activation": "softmax", "feature_map": "1+elu"},
+}
+
+# What each field may be. `layer_types` takes names that transformers knows: "chunked_attention" is DiagAttention,
+# "linear_attention" NormAttention, "hybrid" both in one layer (Table 12).
+CHOICES = {
+    "variant": tuple(VARIANTS),
+    "feature_map": ("identity", "elu", "1+elu"),
+    "diag_activation": ("relu", "softmax"),
+    "norm_type": ("simple_rms", "rms", "layer"),
+    "attention_norm_type": ("simple_rms", "rms", "layer", "none"),
+    "embedding_norm": ("simple_rms", "rms", "layer", "none"),
+    "final_norm": ("simple_rms", "rms", "layer", "none"),
+    "norm_placement": ("pre", "post"),
+    "position_embedding": ("learned", "sinusoidal", "none"),
+    "feed_forward": ("glu", "ffn"),
+    "hybrid_combination": ("parallel", "diag_then_norm", "norm_then_diag"),
+    "pooling": ("first", "mean", "last"),
+    "initializer": ("normal", "xavier"),
+    "backend": ("auto", "eager", "torch", "triton"),
+}
+LAYER_TYPES = ("chunked_attention", "linear_attention", "hybrid")
+
+# Fields that follow from others where they are not given.
+DERIVED_FIELDS = ("feature_map", "diag_activation", "attention_norm_type", "layer_types", "intermediate_size")
+
+# One repository serves every head, whichever was saved last.
+AUTO_MAP = {
+    "AutoConfig": "configuration_transnormer.TransNormerConfig",
+    "AutoModel": "modeling_transnormer.TransNormerModel",
+    "AutoModelForCausalLM": "modeling_transnormer.TransNormerForCausalLM",
+    "AutoModelForMaskedLM": "modeling_transnormer.TransNormerForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_transnormer.TransNormerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_transnormer.TransNormerForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_transnormer.TransNormerForQuestionAnswering",
+    "AutoModelForMultipleChoice": "modeling_transnormer.TransNormerForMultipleChoice",
+}
+
+
+@strict
+class TransNormerConfig(PreTrainedConfig):
+    r"""
+    Configuration of a TransNormer model ("The Devil in Linear Transformer", EMNLP 2022). The defaults are the paper's
+    bidirectional encoder, T2, with the vocabulary of RoBERTa; the four models of the paper are presets under
+    `model_cards/`.
+
+    Args:
+        vocab_size: Number of token ids.
+        hidden_size: Width of the model.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Number of heads; divides `hidden_size`.
+        intermediate_size: Width of the feed-forward. `None` is int(8/3 · hidden_size) for "glu", 4 · hidden_size for
+            "ffn".
+        variant: "t1" (relu blocks, phi = elu) or "t2" (softmax blocks, phi = 1 + elu).
+        layer_types: One of "chunked_attention" (DiagAttention), "linear_attention" (NormAttention) or "hybrid" (both)
+            per layer, in any order. `None` is the paper's: DiagAttention in the first half, NormAttention in the rest.
+        block_size: Tokens per block of DiagAttention.
+        feature_map: phi of NormAttention: "elu", "1+elu" or "identity". `None` follows `variant`.
+        diag_activation: "relu" or "softmax". `None` follows `variant`. Relu scores are not normalised, so the output
+            of such a layer passes the attention norm; that of a softmax layer does not.
+        norm_type: "simple_rms" (x / (rms + eps), no weights), "rms" (x / sqrt(ms + eps), no weights) or "layer"
+            (LayerNorm), around the sub-layers.
+        attention_norm_type: The norm on the output of NormAttention and of relu blocks, over all heads together.
+            `None` follows `norm_type`; "none" leaves it out (the ablation of Table 1).
+        norm_placement: "pre" or "post".
+        embedding_norm: A norm type, or "none", on the embeddings.
+        final_norm: A norm type, or "none", after the last layer.
+        layer_norm_eps: Epsilon of LayerNorm.
+        rms_norm_eps: Epsilon of "simple_rms" and "rms".
+        position_embedding: "learned" (up to `max_position_embeddings`), "sinusoidal" (any length) or "none".
+        max_position_embeddings: Number of learned positions.
+        scale_embedding: Multiply token embeddings by sqrt(hidden_size).
+        lrpe: Learned relative position encoding (a reflection and a rotation) on queries and keys.
+        feed_forward: "glu" (gated) or "ffn".
+        hidden_act: Activation of the feed-forward. "silu" is the paper's; "linear" is what the released code computes
+            for "swish" since October 2022.
+        hybrid_combination: In "hybrid" layers: "parallel" (mean of both attentions), or one attention whose output is
+            the query of the other, "diag_then_norm" or "norm_then_diag" (Table 12).
+        hidden_dropout_prob: Dropout on the embeddings and on both residual branches.
+        attention_probs_dropout_prob: Dropout on the probabilities of DiagAttention.
+        classifier_dropout: Dropout of the classification heads; `None` is `hidden_dropout_prob`.
+        initializer: "normal" (every matrix N(0, initializer_range), the released encoder) or "xavier" (the released
+            decoder: embeddings N(0, 1/sqrt(hidden_size)), Xavier-uniform attention).
+        initializer_range: Standard deviation of "normal".
+        is_causal: Whether a token sees earlier tokens only. `TransNormerForCausalLM` sets it.
+        pooling: Token that represents a sequence for classification: "first", "last" or the "mean" of all real ones.
+        use_cache: Whether a causal model returns its state for generation.
+        backend: "eager", "torch", "triton" or "auto" (see `ops_transnormer.py`).
+    """
+
+    model_type = "transnormer_hf"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"attention_chunk_size": "block_size"}
+    # The norm after the heads runs over the full width, so heads cannot be sharded by columns.
+    base_model_tp_plan = None
+
+    vocab_size: int = 50265
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    variant: str = "t2"
+    layer_types: list[str] | None = None
+    block_size: int = 64
+    feature_map: str | None = None
+    diag_activation: str | None = None
+    norm_type: str = "simple_rms"
+    attention_norm_type: str | None = None
+    norm_placement: str = "post"
+    embedding_norm: str = "layer"
+    final_norm: str = "none"
+    layer_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-8
+    position_embedding: str = "learned"
+    max_position_embeddings: int = 512
+    scale_embedding: bool = False
+    lrpe: bool = True
+    feed_forward: str = "glu"
+    hidden_act: str = "silu"
+    hybrid_combination: str = "parallel"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    classifier_dropout: float | int | None = None
+    initializer: str = "normal"
+    initializer_range: float = 0.02
+    is_causal: bool = False
+    pooling: str = "first"
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    backend: str = "auto"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.variant in VARIANTS:
+            for field, value in VARIANTS[self.variant].items():
+                if getattr(self, field) is None:
+                    setattr(self, field, value)
+        if self.attention_norm_type is None:
+            self.attention_norm_type = self.norm_type
+        if self.layer_types is None:
+            early = self.num_hidden_layers // 2
+            self.layer_types = ["chunked_attention"] * early + ["linear_attention"] * (self.num_hidden_layers - early)
+        if self.intermediate_size is None:
+            self.intermediate_size = (
+                int(8 / 3 * self.hidden_size) if self.feed_forward == "glu" else 4 * self.hidden_size
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def validate_architecture(self) -> None:
+        """Raises ValueError with the field, its value and what is allowed. Runs on creation and before saving."""
+        for field, choices in CHOICES.items():
+            if (value := getattr(self, field)) not in choices:
+                raise ValueError(f"{field}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "block_size",
+            "max_position_embeddings",
+        ):
+            if (value := getattr(self, field)) < 1:
+                raise ValueError(f"{field}={value} must be at least 1.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}; "
+                f"choose one of {_divisors(self.hidden_size)}."
+            )
+        if self.lrpe and self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} with num_attention_heads={self.num_attention_heads} gives "
+                f"head_dim={self.head_dim}, and lrpe=True rotates pairs of channels: use an even head_dim, or "
+                "lrpe=False."
+            )
+        if self.position_embedding == "sinusoidal" and (self.hidden_size % 2 or self.hidden_size < 4):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} with position_embedding='sinusoidal': sines and cosines fill half of "
+                "the width each, so it must be even and at least 4."
+            )
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            if (value := getattr(self, field)) is not None and not 0 <= value <= 1:
+                raise ValueError(f"{field}={value} must be a probability, from 0 to 1.")
+        for field in ("initializer_range", "layer_norm_eps", "rms_norm_eps"):
+            if not (value := getattr(self, field)) > 0:
+                raise ValueError(f"{field}={value} must be greater than 0.")
+        if self.hidden_act not in ACT2CLS:
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is not known; choose one of {', '.join(map(repr, sorted(ACT2CLS)))}."
+            )
+
+    def validate_layer_type(self) -> None:
+        """Raises ValueError unless `layer_types` names one known attention per layer."""
+        for index, layer_type in enumerate(self.layer_types):
+            if layer_type not in LAYER_TYPES:
+                raise ValueError(
+                    f"layer_types[{index}]={layer_type!r} is not known; choose one of "
+                    f"{', '.join(map(repr, LAYER_TYPES))}."
+                )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}; "
+                "give one per layer, or None for the paper's half and half."
+            )
+
+    def validate_token_ids(self) -> None:
+        """Raises ValueError where a special token lies outside of the vocabulary."""
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, field)
+            for token_id in value if isinstance(value, list) else [value]:
+                if token_id is not None and not 0 <= token_id < self.vocab_size:
+                    raise ValueError(
+                        f"{field}={value} lies outside of the vocabulary: vocab_size={self.vocab_size} allows 0 to "
+                        f"{self.vocab_size - 1}, or None."
+                    )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "TransNormerConfig":
+        """As in transformers, but overrides are validated, and what follows from a field follows its new value.
+
+        So `from_pretrained(folder, num_hidden_layers=4)` has the layer types of 4 layers, unless the stored ones were
+        somebody's choice: then their number is wrong, and it raises.
+        """
+        overrides = {field: kwargs.pop(field) for field in TransNormerConfig.__annotations__ if field in kwargs}
+        if overrides:
+            given = {name: value for name, value in config_dict.items() if name not in DERIVED_FIELDS}
+            derived = cls(**given).to_dict()
+            chosen = {
+                name: config_dict[name]
+                for name in DERIVED_FIELDS
+                if config_dict.get(name, derived[name]) != derived[name]
+            }
+            config_dict = given | chosen | overrides
+        return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers, with the `auto_map` of every head, so that one folder serves all Auto classes."""
+        if self._auto_class is not None:
+            self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
