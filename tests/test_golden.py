@@ -60,7 +60,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
 
 
-@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
 @pytest.mark.parametrize("name", ["lm_t1", "lm_t2", "mlm_t1", "mlm_t2"])
 def test_released_numbers_are_reproduced(name, backend, tmp_path):
     golden = Golden(name)

@@ -506,11 +506,11 @@ class TransNormerCache(Cache):
             ]
             if differences:
                 raise ValueError(f"{file} was saved with another configuration: {'; '.join(differences)}.")
-            cache.seen = saved.get_tensor("seen")
+            cache.seen = saved.get_tensor("seen").clone()
             tensors = cache._tensors()
             for key in set(saved.keys()) - {"seen"}:
                 index, name = key.split(".")
-                tensors[int(index)][name] = saved.get_tensor(key)
+                tensors[int(index)][name] = saved.get_tensor(key).clone()  # not a view of the file
         cache.has_begun = True
         return cache
 

@@ -1,14 +1,42 @@
 """NormAttention and DiagAttention in plain torch, linear in length: the fast path on any device.
 
 The definitions they must equal are `eager_norm_attention` and `eager_diag_attention` in `ops_transnormer.py`.
+
+Both walk over the sequence in tiles (`tiles_transnormer.py`), and the backward pass walks over the tiles again and
+recomputes what it needs, so that apart from inputs, outputs and states nothing is as long as the sequence.
+
+The number of steps of a walk is known at run time only. torch.compile and torch.export therefore see each walk as one
+operator, a `torch.library.custom_op`, and its gradient as another.
 """
 
+import functools
+import re
+from collections.abc import Callable
+from itertools import repeat
+from typing import Any, NamedTuple
+
 import torch
-import torch.nn.functional as F
 
-from .features_transnormer import LRPE, TokenLayout, apply_lrpe, compute_dtype, prepare_query_key, zero_padding
+from .features_transnormer import LRPE, TokenLayout, compute_dtype, prepare_query_key, rotation_angles, zero_padding
+from .tiles_transnormer import TILE_SIZE, Preparation, add_product, padding_of, product, rotation_table, spans_of
 
-CHUNK_SIZE = 128
+# A shorter chunk has fewer scores (4 · chunk · head_dim FLOP per token, states take 4 · head_dim^2), but products of
+# 32 x 32 matrices run at two thirds of the speed of 64 x 64.
+CHUNK_SIZE = 64
+
+# One file loaded twice, as the package and as remote code from the Hub, defines its operators under two names.
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
+
+
+def without_autocast(walk: Callable) -> Callable:
+    """Inside of an operator autocast is still on and would make half-precision products of the wide tiles."""
+
+    @functools.wraps(walk)
+    def run(query_or_grad: torch.Tensor, *args: Any) -> Any:
+        with torch.autocast(query_or_grad.device.type, enabled=False):
+            return walk(query_or_grad, *args)
+
+    return run
 
 
 def chunked_norm_attention(
@@ -25,73 +53,22 @@ def chunked_norm_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """NormAttention by chunks: inside a chunk the scores, between chunks the state K^T V."""
     wide = compute_dtype(query.dtype)
-    query_states, key_states = prepare_query_key(query.to(wide), key.to(wide), layout, feature_map, lrpe)
-    value_states = zero_padding(value.to(wide), layout)
-    if layout.sequence_ids is not None:
-        output, state = _packed(query_states, key_states, value_states, layout, causal, initial_state)
-    elif causal:
-        output, state = _causal(query_states, key_states, value_states, initial_state)
-    else:
-        state = key_states.transpose(-1, -2) @ value_states  # (batch, heads, head_dim, head_dim)
+    if query.shape[2] == 1 and layout.cu_seqlens is None:
+        # A step of decoding, where calling the operator would take longer than the work.
+        query_states, key_states = prepare_query_key(query.to(wide), key.to(wide), layout, feature_map, lrpe)
+        state = key_states.transpose(-1, -2) * zero_padding(value.to(wide), layout)
         if initial_state is not None:
             state = state + initial_state.to(wide)
-        output = query_states @ state
-    return output.to(value.dtype), state
-
-
-def _causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pass over the chunks with a running state; (batch, heads, seq, head_dim) each."""
-    if state is None:
-        state = query.new_zeros(*query.shape[:2], key.shape[-1], value.shape[-1])
-    state = state.to(query.dtype)
-    outputs = []
-    for chunk_query, chunk_key, chunk_value in zip(
-        query.split(CHUNK_SIZE, 2), key.split(CHUNK_SIZE, 2), value.split(CHUNK_SIZE, 2), strict=True
-    ):
-        scores = (chunk_query @ chunk_key.transpose(-1, -2)).tril()  # (batch, heads, chunk, chunk)
-        outputs.append(scores @ chunk_value + chunk_query @ state)
-        state = state + chunk_key.transpose(-1, -2) @ chunk_value
-    return torch.cat(outputs, 2), state
-
-
-def _packed(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: TokenLayout,
-    causal: bool,
-    initial_state: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed sequences: every sequence is laid out in chunks of its own, then chunks meet through their states."""
-    slots, num_blocks = token_slots(layout, query.shape[2], CHUNK_SIZE)
-    query, key, value = (to_blocks(tensor, slots, num_blocks, CHUNK_SIZE) for tensor in (query, key, value))
-    num_sequences = layout.cu_seqlens.shape[0] - 1
-    lengths = F.pad(layout.cu_seqlens.long().diff(), (0, 1))
-    # first chunk of each sequence; empty ones start where the next one does
-    ends = lengths.add(CHUNK_SIZE - 1).div(CHUNK_SIZE, rounding_mode="floor").cumsum(0)  # (num_sequences + 1,)
-    sequence_of_chunk = torch.searchsorted(ends[:-1], torch.arange(num_blocks, device=query.device), right=True)
-    chunk_states = (key.transpose(-1, -2) @ value)[0].transpose(0, 1)  # (chunks, heads, head_dim, head_dim)
-
-    totals = chunk_states.new_zeros(num_sequences + 1, *chunk_states.shape[1:])
-    if initial_state is not None:
-        totals = totals + F.pad(initial_state.to(query.dtype), (0, 0) * 3 + (0, 1))
-    if causal:
-        # states before each chunk, taken up anew where a sequence begins
-        before, running, starts = [], totals, F.pad(sequence_of_chunk.diff() != 0, (1, 0), value=True)
-        state = totals[0]
-        for chunk in range(num_blocks):
-            state = torch.where(starts[chunk], running[sequence_of_chunk[chunk]], state)
-            before.append(state)
-            state = state + chunk_states[chunk]
-        carried = torch.stack(before).transpose(0, 1)[None]  # (1, heads, chunks, head_dim, head_dim)
-    totals = totals.index_add(0, sequence_of_chunk, chunk_states)
-    if causal:
-        output = (query @ key.transpose(-1, -2)).tril() @ value + query @ carried
-    else:
-        output = query @ totals[sequence_of_chunk].transpose(0, 1)[None]
-    return from_blocks(output, slots), totals[:-1]
+        return (query_states @ state).to(value.dtype), state
+    angles = householder = None
+    if lrpe is not None:
+        angles = rotation_angles(layout.positions, lrpe.theta.to(wide))  # (seq, head_dim / 2) or (batch, ...)
+        angles = angles[None, None] if angles.dim() == 2 else angles[:, None]
+        householder = lrpe.householder.to(wide)
+    output, states = norm_attention_walk(
+        query, key, value, angles, householder, initial_state, layout.is_real, layout.cu_seqlens, causal, feature_map
+    )
+    return output, states if layout.cu_seqlens is None else states[:-1]
 
 
 def chunked_diag_attention(
@@ -109,76 +86,374 @@ def chunked_diag_attention(
 ) -> torch.Tensor:
     """DiagAttention as a batch of small attentions, one per block."""
     wide = compute_dtype(query.dtype)
-    query_states, key_states, value_states = query.to(wide) * scale, key.to(wide), value.to(wide)
+    angles = householder = kept = None
     if lrpe is not None:
-        within_block = layout.positions % block_size
-        query_states, key_states = (apply_lrpe(states, within_block, lrpe) for states in (query_states, key_states))
-    seq_len = query.shape[2]
-    slots, num_blocks = token_slots(layout, seq_len, block_size)
-    query_states, key_states, value_states = (
-        to_blocks(states, slots, num_blocks, block_size) for states in (query_states, key_states, value_states)
+        # Scores depend on distances only, so all blocks turn by the same table, also one whose beginning is cut off.
+        angles = rotation_angles(torch.arange(block_size, device=query.device), lrpe.theta.to(wide))
+        householder = lrpe.householder.to(wide)
+    if dropout_p > 0:
+        kept = torch.rand(*query.shape[:3], block_size, device=query.device) >= dropout_p
+    return diag_attention_walk(
+        query,
+        key,
+        value,
+        angles,
+        householder,
+        kept,
+        layout.positions,
+        layout.is_real,
+        layout.cu_seqlens,
+        block_size,
+        causal,
+        activation,
+        scale,
+        dropout_p,
     )
-    scores = query_states @ key_states.transpose(-1, -2)  # (batch, heads, blocks, block, block)
 
-    hidden = None
-    if slots is not None or seq_len % block_size:
-        filled = torch.ones(query.shape[0], 1, seq_len, 1, dtype=torch.bool, device=query.device)
-        hidden = ~to_blocks(filled, slots, num_blocks, block_size).transpose(-1, -2)  # (batch, 1, blocks, 1, block)
+
+@torch.library.custom_op(f"{NAMESPACE}::chunked_norm_attention", mutates_args=())
+@without_autocast
+def norm_attention_walk(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    angles: torch.Tensor | None,
+    householder: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    is_real: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    causal: bool,
+    feature_map: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the states after the last tokens. angles: (batch or 1, 1, seq, head_dim / 2)."""
+    prepare = Preparation(compute_dtype(query.dtype), feature_map, householder)
+    output, states = torch.empty_like(value), first_states(query, value, initial_state, cu_seqlens)
+    tensors = (query, key, value, output, rotation_table(angles), padding_of(is_real))
+    for span in spans_of(query, cu_seqlens):
+        state = states[span.states].flatten(0, 1)  # (rows · heads, head_dim, head_dim); all sums go into it in place
+        tiles = span.tiles(tensors, CHUNK_SIZE if causal else TILE_SIZE)
+        if not causal:
+            for _, key_tile, value_tile, _, rotation, padding in tiles:
+                k, v = prepare.states(key_tile, rotation, padding), prepare.values(value_tile, padding)
+                state.baddbmm_(k[0].mT, v[0])
+        for query_tile, key_tile, value_tile, output_tile, rotation, padding in tiles:
+            q = prepare.states(query_tile, rotation)
+            if causal:
+                k, v = prepare.states(key_tile, rotation, padding), prepare.values(value_tile, padding)
+                out = product(product(q, k.mT).tril_(), v)
+                add_product(out, q, states_before(state, k, v))
+            else:
+                out = torch.bmm(q[0], state)
+            output_tile.copy_(out.view(output_tile.shape))
+    return output, states
+
+
+def first_states(query, value, initial_state, cu_seqlens):
+    """The states before the first tokens, with one more for the tokens behind the last packed sequence."""
+    count = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0]
+    states = query.new_zeros(count, query.shape[1], query.shape[3], value.shape[3], dtype=compute_dtype(query.dtype))
+    if initial_state is not None:
+        states[: initial_state.shape[0]] = initial_state
+    return states
+
+
+def states_before(state: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backwards: bool = False) -> torch.Tensor:
+    """The state each chunk of a tile meets, (chunks, rows · heads, head_dim, head_dim); `state` moves on in place."""
+    before = state.new_empty(len(k), *state.shape)
+    steps = list(zip(before, k.mT, v, strict=True))
+    for state_before, key_chunk, value_chunk in reversed(steps) if backwards else steps:
+        state_before.copy_(state)
+        state.baddbmm_(key_chunk, value_chunk)
+    return before
+
+
+@norm_attention_walk.register_fake
+def _(query, key, value, angles, householder, initial_state, is_real, cu_seqlens, causal, feature_map):
+    return torch.empty_like(value), first_states(query, value, None, cu_seqlens)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::chunked_norm_attention_backward", mutates_args=())
+@without_autocast
+def norm_attention_walk_back(
+    grad_output: torch.Tensor,
+    grad_states: torch.Tensor,
+    states: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    angles: torch.Tensor | None,
+    householder: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    is_real: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    causal: bool,
+    feature_map: str,
+    needs_angles: bool,
+    needs_householder: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key, value, angles and householder (empty where not needed), and of the first states."""
+    rotation = rotation_table(angles)
+    grad_rotation = torch.zeros_like(rotation) if needs_angles else None
+    grad_householder = torch.zeros_like(householder) if needs_householder else None
+    prepare = Preparation(compute_dtype(query.dtype), feature_map, householder, grad_householder)
+    grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+    grad_states = grad_states.clone(memory_format=torch.contiguous_format)
     if causal:
-        later = torch.ones(block_size, block_size, dtype=torch.bool, device=query.device).triu(1)
-        hidden = later if hidden is None else hidden | later
-    if activation == "relu":
-        weights = scores.relu()
-        if causal:  # keys that are not there are zero already
-            weights = weights.masked_fill(later, 0)
-    elif hidden is None:
-        weights = scores.softmax(-1)
-    else:
-        weights = scores.masked_fill(hidden, torch.finfo(wide).min).softmax(-1).masked_fill(hidden, 0)
-    output = F.dropout(weights, dropout_p) @ value_states
-    return from_blocks(output, slots, seq_len).to(value.dtype)
+        states = first_states(query, value, initial_state, cu_seqlens)
+    tensors = (query, key, value, grad_output, *grads, rotation, grad_rotation, padding_of(is_real))
+    for span in spans_of(query, cu_seqlens):
+        state, grad_state = states[span.states].flatten(0, 1), grad_states[span.states].flatten(0, 1)
+        if causal:
+            scan_back(prepare, span.tiles(tensors, CHUNK_SIZE), state, grad_state)
+        else:
+            sum_back(prepare, span.tiles(tensors, TILE_SIZE), state, grad_state)
+    return *grads, *grads_or_empty(grad_rotation, grad_householder, query), grad_states
 
 
-def token_slots(layout: TokenLayout, seq_len: int, block_size: int) -> tuple[torch.Tensor | None, int]:
-    """Where each token goes when every sequence is laid out in whole blocks of its own.
+def sum_back(prepare, tiles, state, grad_state):
+    """Bidirectional, O = Q S with S = K^T V: dQ = dO S^T, dS = Q^T dO, dK = V dS^T, dV = K dS."""
+    for query_tile, _, _, grad_tile, grad_query, _, _, rotation, grad_rotation, _ in tiles:
+        mapped, q = prepare.states_twice(query_tile, rotation)
+        do = prepare.values(grad_tile)
+        grad_state.baddbmm_(q[0].mT, do[0])
+        prepare.backward(torch.bmm(do[0], state.mT), mapped, q, rotation, grad_rotation, into=grad_query)
+    for _, key_tile, value_tile, _, _, grad_key, grad_value, rotation, grad_rotation, padding in tiles:
+        mapped, k = prepare.states_twice(key_tile, rotation, padding)
+        v = prepare.values(value_tile, padding)
+        prepare.backward(torch.bmm(v[0], grad_state.mT), mapped, k, rotation, grad_rotation, into=grad_key)
+        grad_value.copy_(torch.bmm(k[0], grad_state).view(grad_value.shape))
 
-    Returns the slots, (batch, seq) integers into num_blocks · block_size places with one more behind them for padding
-    tokens, and num_blocks. The slots are None where tokens already stand in place.
+
+def scan_back(prepare, tiles, state, grad_state):
+    """Causal: dQ needs the state before each token, dK and dV the gradient of the states behind it.
+
+    The states are summed up forwards once more, and the one in front of each tile is kept for the way back. Taking
+    k^T v off the last state again, instead of the first pass, would lose digits.
     """
-    if layout.sequence_ids is not None:
-        lengths = F.pad(layout.cu_seqlens.long().diff(), (0, 1))
-        blocks = lengths.add(block_size - 1).div(block_size, rounding_mode="floor")
-        first_block = blocks.cumsum(0) - blocks  # (num_sequences + 1,)
-        num_blocks = seq_len // block_size + lengths.shape[0]
-        # counted here and not taken from layout.positions, which may start at an offset
-        within_sequence = torch.arange(seq_len, device=lengths.device) - layout.cu_seqlens.long()[layout.sequence_ids]
-        return (first_block[layout.sequence_ids] * block_size + within_sequence)[None], num_blocks
-    num_blocks = -(-seq_len // block_size)
-    if layout.is_real is None:
-        return None, num_blocks
-    return torch.where(layout.is_real, layout.positions, num_blocks * block_size), num_blocks
+    starts = []
+    for _, key_tile, value_tile, *_, rotation, _, padding in tiles:
+        starts.append(state.clone())
+        k, v = prepare.states(key_tile, rotation, padding), prepare.values(value_tile, padding)
+        for key_chunk, value_chunk in zip(k.mT, v, strict=True):
+            state.baddbmm_(key_chunk, value_chunk)
+    for state, tile in zip(reversed(starts), reversed(tiles), strict=True):
+        (
+            query_tile,
+            key_tile,
+            value_tile,
+            grad_tile,
+            grad_query,
+            grad_key,
+            grad_value,
+            rotation,
+            grad_rotation,
+            padding,
+        ) = tile
+        mapped_query, q = prepare.states_twice(query_tile, rotation)
+        mapped_key, k = prepare.states_twice(key_tile, rotation, padding)
+        v, do = prepare.values(value_tile, padding), prepare.values(grad_tile)
+        dv = product(product(q, k.mT).tril_().mT, do)
+        grad_scores = product(do, v.mT).tril_()  # (chunks, rows · heads, chunk, chunk)
+        dq, dk = product(grad_scores, k), product(grad_scores.mT, q)
+        add_product(dq, do, states_before(state, k, v).mT)
+        grad_states = states_before(grad_state, q, do, backwards=True)
+        add_product(dk, v, grad_states.mT)
+        add_product(dv, k, grad_states)
+        prepare.backward(dq, mapped_query, q, rotation, grad_rotation, into=grad_query)
+        prepare.backward(dk, mapped_key, k, rotation, grad_rotation, into=grad_key)
+        grad_value.copy_(dv.view(grad_value.shape))
 
 
-def to_blocks(
-    hidden_states: torch.Tensor, slots: torch.Tensor | None, num_blocks: int, block_size: int
+@norm_attention_walk_back.register_fake
+def _(grad_output, grad_states, states, query, key, value, angles, householder, *args):
+    *_, needs_angles, needs_householder = args
+    return (
+        *(torch.empty_like(tensor) for tensor in (query, key, value)),
+        torch.empty_like(angles) if needs_angles else query.new_empty(0),
+        torch.empty_like(householder) if needs_householder else query.new_empty(0),
+        torch.empty_like(grad_states, memory_format=torch.contiguous_format),
+    )
+
+
+def _save_norm_attention(ctx, inputs, output):
+    *tensors, ctx.causal, ctx.feature_map = inputs
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _norm_attention_backward(ctx, grad_output, grad_states):
+    _, _, _, needs_angles, needs_householder, needs_initial_state, *_ = ctx.needs_input_grad
+    *grads, grad_angles, grad_householder, grad_states = norm_attention_walk_back(
+        grad_output, grad_states, *ctx.saved_tensors, ctx.causal, ctx.feature_map, needs_angles, needs_householder
+    )
+    initial_state = ctx.saved_tensors[6]
+    return (
+        *grads,
+        grad_angles if needs_angles else None,
+        grad_householder if needs_householder else None,
+        grad_states[: initial_state.shape[0]].to(initial_state.dtype) if needs_initial_state else None,
+        *repeat(None, 4),
+    )
+
+
+norm_attention_walk.register_autograd(_norm_attention_backward, setup_context=_save_norm_attention)
+
+
+def grads_or_empty(grad_rotation, grad_householder, query):
+    """An operator has no optional results. The gradient of an angle is Im(conj(z) dz) of the number z it turned."""
+    return (
+        query.new_empty(0) if grad_rotation is None else grad_rotation.imag.contiguous(),
+        query.new_empty(0) if grad_householder is None else grad_householder,
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::chunked_diag_attention", mutates_args=())
+@without_autocast
+def diag_attention_walk(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    angles: torch.Tensor | None,
+    householder: torch.Tensor | None,
+    kept: torch.Tensor | None,
+    positions: torch.Tensor,
+    is_real: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    block_size: int,
+    causal: bool,
+    activation: str,
+    scale: float,
+    dropout_p: float,
 ) -> torch.Tensor:
-    """(batch, heads, seq, head_dim) to (batch, heads, blocks, block, head_dim), zeros where no token stands."""
-    batch_size, _, seq_len, _ = hidden_states.shape
-    if slots is None:
-        hidden_states = F.pad(hidden_states, (0, 0, 0, num_blocks * block_size - seq_len))
-        return hidden_states.unflatten(2, (num_blocks, block_size))
-    hidden_states = hidden_states.transpose(1, 2)  # (batch, seq, heads, head_dim)
-    places = hidden_states.new_zeros(batch_size, num_blocks * block_size + 1, *hidden_states.shape[2:])
-    rows = torch.arange(batch_size, device=slots.device)[:, None]
-    places = places.index_put((rows, slots), hidden_states)[:, :-1]
-    return places.unflatten(1, (num_blocks, block_size)).permute(0, 3, 1, 2, 4)
+    """angles: (block, head_dim / 2); kept: (batch, heads, seq, block), False where dropout takes a weight away."""
+    prepare = Preparation(compute_dtype(query.dtype), "identity", householder)
+    weigh = Weights(causal, activation, scale, dropout_p)
+    output, table = torch.empty_like(value), rotation_table(angles)
+    tensors = (query, key, value, output, kept, padding_of(is_real))
+    for span in spans_of(query, cu_seqlens, positions, block_size):
+        for query_tile, key_tile, value_tile, output_tile, keep, padding in span.tiles(tensors, block_size):
+            rotation = None if table is None else table[: query_tile.shape[3]]
+            q, k = prepare.states(query_tile, rotation), prepare.states(key_tile, rotation, padding)
+            weights = weigh.dropped(weigh.forward(q, k, padding), keep)
+            out = product(weights, prepare.values(value_tile, padding))
+            output_tile.copy_(out.view(output_tile.shape))
+    return output
 
 
-def from_blocks(blocks: torch.Tensor, slots: torch.Tensor | None, seq_len: int | None = None) -> torch.Tensor:
-    """The inverse of `to_blocks`; padding tokens get zeros."""
-    hidden_states = blocks.flatten(2, 3)  # (batch, heads, blocks · block, head_dim)
-    if slots is None:
-        return hidden_states[:, :, :seq_len]
-    places = F.pad(hidden_states, (0, 0, 0, 1)).transpose(1, 2)  # (batch, blocks · block + 1, heads, head_dim)
-    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
-    return places[rows, slots].transpose(1, 2)
+class Weights(NamedTuple):
+    """The map of DiagAttention in tiles, (chunks, rows · heads, block, block), in place."""
+
+    causal: bool
+    activation: str
+    scale: float
+    dropout_p: float
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        weights = product(q, k.mT).mul_(self.scale)
+        # masked_fill_ takes 15 times as long as a product or a sum
+        seen = None if padding is None else (~padding.mT).to(q.dtype)  # (chunks, rows, 1, 1, block)
+        if self.causal:
+            earlier = q.new_ones(q.shape[2], q.shape[2]).tril_()
+            seen = earlier if seen is None else seen * earlier
+        by_rows = weights if padding is None else weights.unflatten(1, (padding.shape[1], -1))
+        if self.activation == "relu":
+            weights.relu_()
+            return weights if seen is None else by_rows.mul_(seen).view(weights.shape)
+        if seen is None:
+            return weights.softmax(-1)
+        weights = by_rows.add_((1 - seen) * torch.finfo(q.dtype).min).softmax(-1)
+        if padding is not None:
+            weights.mul_(seen)  # a row without a key is zero
+        return weights.view(q.shape[0], q.shape[1], q.shape[2], q.shape[2])
+
+    def dropped(self, weights: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        if kept is None:
+            return weights
+        kept = kept[..., : weights.shape[-1]].to(weights.dtype).flatten(1, 2)
+        return weights * kept.mul_(1 / (1 - self.dropout_p))
+
+    def backward(self, grad: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self.activation == "relu":
+            return grad.mul_(weights.sign()).mul_(self.scale)
+        return torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype).mul_(self.scale)
+
+
+@diag_attention_walk.register_fake
+def _(query, key, value, *args):
+    return torch.empty_like(value)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::chunked_diag_attention_backward", mutates_args=())
+@without_autocast
+def diag_attention_walk_back(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    angles: torch.Tensor | None,
+    householder: torch.Tensor | None,
+    kept: torch.Tensor | None,
+    positions: torch.Tensor,
+    is_real: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    block_size: int,
+    causal: bool,
+    activation: str,
+    scale: float,
+    dropout_p: float,
+    needs_angles: bool,
+    needs_householder: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key, value, and of angles and householder (empty where not needed)."""
+    table = rotation_table(angles)
+    grad_table = torch.zeros_like(table) if needs_angles else None
+    grad_householder = torch.zeros_like(householder) if needs_householder else None
+    prepare = Preparation(compute_dtype(query.dtype), "identity", householder, grad_householder)
+    weigh = Weights(causal, activation, scale, dropout_p)
+    grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+    tensors = (query, key, value, grad_output, *grads, kept, padding_of(is_real))
+    for span in spans_of(query, cu_seqlens, positions, block_size):
+        for tile in span.tiles(tensors, block_size):
+            query_tile, key_tile, value_tile, grad_tile, grad_query, grad_key, grad_value, keep, padding = tile
+            rotation, grad_rotation = (None if t is None else t[: query_tile.shape[3]] for t in (table, grad_table))
+            mapped_query, q = prepare.states_twice(query_tile, rotation)
+            mapped_key, k = prepare.states_twice(key_tile, rotation, padding)
+            v, do = prepare.values(value_tile, padding), prepare.values(grad_tile)
+            weights = weigh.forward(q, k, padding)
+            dv = product(weigh.dropped(weights, keep).mT, do)
+            grad_scores = weigh.backward(weigh.dropped(product(do, v.mT), keep), weights)
+            dq, dk = product(grad_scores, k), product(grad_scores.mT, q)
+            prepare.backward(dq, mapped_query, q, rotation, grad_rotation, into=grad_query)
+            prepare.backward(dk, mapped_key, k, rotation, grad_rotation, into=grad_key)
+            grad_value.copy_(dv.view(grad_value.shape))
+    return *grads, *grads_or_empty(grad_table, grad_householder, query)
+
+
+@diag_attention_walk_back.register_fake
+def _(grad_output, query, key, value, angles, householder, *args):
+    *_, needs_angles, needs_householder = args
+    return (
+        *(torch.empty_like(tensor) for tensor in (query, key, value)),
+        torch.empty_like(angles) if needs_angles else query.new_empty(0),
+        torch.empty_like(householder) if needs_householder else query.new_empty(0),
+    )
+
+
+def _save_diag_attention(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:]
+
+
+def _diag_attention_backward(ctx, grad_output):
+    _, _, _, needs_angles, needs_householder, *_ = ctx.needs_input_grad
+    *grads, grad_angles, grad_householder = diag_attention_walk_back(
+        grad_output, *ctx.saved_tensors, *ctx.options, needs_angles, needs_householder
+    )
+    return (
+        *grads,
+        grad_angles if needs_angles else None,
+        grad_householder if needs_householder else None,
+        *repeat(None, 9),
+    )
+
+
+diag_attention_walk.register_autograd(_diag_attention_backward, setup_context=_save_diag_attention)

@@ -8,13 +8,17 @@ from typing import Any
 import torch
 
 from .diag_kernels_transnormer import (
-    DiagPlan,
+    TABLE_TILE,
     diag_plan,
     diag_split_backward_kernel,
     diag_split_forward_kernel,
+    diag_table_kernel,
     diag_tile_backward_kernel,
     diag_tile_forward_kernel,
+    kernel_constants,
     launch_options,
+    tile_sizes,
+    width_of,
 )
 from .features_transnormer import LRPE, TokenLayout, apply_lrpe
 from .triton_features_transnormer import (
@@ -23,7 +27,6 @@ from .triton_features_transnormer import (
     is_interpreted,
     new_empty,
     operator_namespace,
-    padded_dim,
     target_of,
 )
 
@@ -65,7 +68,7 @@ def triton_diag_attention(
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**62, (1,), device=query.device)
-    output, _ = diag_attention_forward(
+    output, _, _ = diag_attention_forward(
         query,
         key,
         value,
@@ -103,24 +106,36 @@ def diag_attention_forward(
     activation: str,
     scale: float,
     dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and, where softmax is done on blocks larger than a tile, the log-sum-exp of each row.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output, and for the backward pass the log-sum-exp of each row and the cos and sin of LRPE.
 
-    The latter is (batch, heads, seq) float32, of length 0 where nobody needs it.
+    log-sum-exp: (batch, heads, seq) float32, of length 0 but for softmax on blocks larger than a tile.
+    cos and sin: (2, block_size, width / 2) float32, of width 0 without LRPE.
     """
-    output, lse = _token_major(query), new_empty(_lse_shape(query, block_size, activation), query, torch.float32)
-    launch = _Launch(query, theta, householder, positions, is_real, cu_seqlens, seed, block_size, scale, dropout_p)
+    output, lse, table = _empty_forward(query, theta, block_size, activation)
+    if theta is not None:
+        with torch.cuda.device_of(query):
+            diag_table_kernel[(-(-block_size // TABLE_TILE),)](
+                table,
+                theta.contiguous(),
+                block_size,
+                HEAD_DIM=query.shape[-1],
+                WIDTH=width_of(query.shape[-1]),
+                TILE=TABLE_TILE,
+            )
+    launch = _Launch(query, table, householder, positions, is_real, cu_seqlens, seed, block_size, scale, dropout_p)
     tensors = {"query": query, "key": key, "value": value, "output": output}
     if launch.plan.is_split:
-        launch(diag_split_forward_kernel, "split_forward", tensors, {"lse": lse}, CAUSAL=causal, RELU=activation == "relu")
+        pointers = {"lse": lse if lse.shape[-1] else None}
+        launch(diag_split_forward_kernel, "split_forward", tensors, pointers, causal, activation)
     else:
-        launch(diag_tile_forward_kernel, "tile_forward", tensors, {}, CAUSAL=causal, RELU=activation == "relu")
-    return output, lse
+        launch(diag_tile_forward_kernel, "tile_forward", tensors, {}, causal, activation)
+    return output, lse, table
 
 
 @diag_attention_forward.register_fake
-def _(query, key, value, theta, householder, positions, is_real, cu_seqlens, seed, block_size, causal, activation, scale, dropout_p):
-    return _token_major(query), new_empty(_lse_shape(query, block_size, activation), query, torch.float32)
+def _(query, key, value, theta, householder, positions, is_real, cu_seqlens, seed, block_size, causal, activation, *_):
+    return _empty_forward(query, theta, block_size, activation)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::diag_attention_backward", mutates_args=())
@@ -131,6 +146,7 @@ def diag_attention_backward(
     value: torch.Tensor,
     output: torch.Tensor | None,
     lse: torch.Tensor | None,
+    table: torch.Tensor,
     theta: torch.Tensor | None,
     householder: torch.Tensor | None,
     positions: torch.Tensor,
@@ -145,13 +161,16 @@ def diag_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and theta (of length 0 without LRPE). Output and lse only where lse is needed."""
     grad_query, grad_key, grad_value = (_token_major(query) for _ in range(3))
-    launch = _Launch(query, theta, householder, positions, is_real, cu_seqlens, seed, block_size, scale, dropout_p)
+    launch = _Launch(query, table, householder, positions, is_real, cu_seqlens, seed, block_size, scale, dropout_p)
     # Each program leaves its part of theta's gradient in a row of its own: the sum has one order, and no atomics.
-    parts = None
-    if theta is not None:
-        parts = new_empty((launch.programs, padded_dim(query.shape[-1]) // 2), query, torch.float32)
+    parts = new_empty((launch.programs, width_of(query.shape[-1]) // 2), query, torch.float32)
     tensors = {"grad": grad, "query": query, "key": key, "value": value}
-    pointers = {"grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value, "grad_theta": parts}
+    pointers: dict[str, torch.Tensor | None] = {
+        "grad_query": grad_query,
+        "grad_key": grad_key,
+        "grad_value": grad_value,
+        "grad_theta": None if theta is None else parts,
+    }
     if launch.plan.is_split:
         pointers |= {"output": output, "lse": lse}
     launch(
@@ -159,30 +178,30 @@ def diag_attention_backward(
         "split_backward" if launch.plan.is_split else "tile_backward",
         tensors,
         pointers,
-        CAUSAL=causal,
-        RELU=activation == "relu",
+        causal,
+        activation,
         **{f"output_stride_{axis}": stride for axis, stride in zip("bht", grad_query.stride(), strict=False)},
     )
     if theta is None:
         return grad_query, grad_key, grad_value, query.new_empty(0, dtype=torch.float32)
-    grad_theta = parts.sum(0)[: theta.shape[0]].clone()
-    return grad_query, grad_key, grad_value, grad_theta.to(theta.dtype)
+    grad_theta = parts[:, : theta.shape[0]].sum(0).to(theta.dtype)
+    return grad_query, grad_key, grad_value, grad_theta
 
 
 @diag_attention_backward.register_fake
-def _(grad, query, key, value, output, lse, theta, *arguments):
+def _(grad, query, key, value, output, lse, table, theta, *_):
     grad_theta = query.new_empty(0, dtype=torch.float32) if theta is None else torch.empty_like(theta)
     return _token_major(query), _token_major(query), _token_major(query), grad_theta
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, _, _, theta, *_, block_size, _, activation, _, _ = inputs
-    needs_rows = output[1].shape[-1] > 0
-    ctx.save_for_backward(*inputs[:3], *(output if needs_rows else (None, None)), *inputs[3:9])
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    attention_output, lse, table = output
+    needs_rows = lse.shape[-1] > 0
+    ctx.save_for_backward(*inputs[:3], *((attention_output, lse) if needs_rows else (None, None)), table, *inputs[3:9])
     ctx.arguments = inputs[9:]
 
 
-def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_query, grad_key, grad_value, grad_theta = diag_attention_backward(grad, *ctx.saved_tensors, *ctx.arguments)
     return grad_query, grad_key, grad_value, grad_theta if ctx.needs_input_grad[3] else None, *(None,) * 10
 
@@ -199,7 +218,7 @@ class _Launch:
     def __init__(
         self,
         query: torch.Tensor,
-        theta: torch.Tensor | None,
+        table: torch.Tensor,
         householder: torch.Tensor | None,
         positions: torch.Tensor,
         is_real: torch.Tensor | None,
@@ -213,12 +232,14 @@ class _Launch:
         self.query, self.head_dim = query, head_dim
         self.target, self.dtype = target_of(query), ELEMENT_TYPES[query.dtype]
         num_sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.plan = _plan(query, block_size, None if cu_seqlens is None else num_sequences)
+        self.plan = diag_plan(
+            self.target, self.dtype, head_dim, seq_len, block_size, None if cu_seqlens is None else num_sequences
+        )
         self.programs = self.plan.programs_per_row * batch_size * num_heads
         # the kernels take rows of a mask, and of packed positions, to be contiguous
         is_real = is_real if is_real is None or is_real.stride(1) == 1 else is_real.contiguous()
         self.arguments = {
-            "theta_ptr": None if theta is None else theta.contiguous(),
+            "table_ptr": None if householder is None else table,
             "householder_ptr": None if householder is None else householder.contiguous(),
             "positions_ptr": positions if cu_seqlens is None else positions.contiguous(),
             "positions_stride_b": positions.stride(0) if positions.dim() == 2 else 0,
@@ -244,6 +265,8 @@ class _Launch:
         name: str,
         tensors: dict[str, torch.Tensor],
         pointers: dict[str, torch.Tensor | None],
+        causal: bool,
+        activation: str,
         **more: Any,
     ) -> None:
         """Run a kernel. tensors: (batch, heads, seq, head_dim), passed with their strides; pointers: without."""
@@ -255,25 +278,25 @@ class _Launch:
             axes = "bht" if argument == "output" else "bhtd"
             arguments |= {f"{argument}_stride_{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
         arguments |= {f"{argument}_ptr": tensor for argument, tensor in pointers.items()}
-        options = launch_options(
-            name, self.target, self.dtype, self.head_dim, self.plan.tile, more["RELU"], is_interpreted()
-        )
+        key = self.target, self.dtype, self.head_dim, self.plan.tile
+        arguments |= kernel_constants(*key, causal, activation == "relu", is_interpreted())
+        options = launch_options(name, *key)
         with torch.cuda.device_of(self.query):
             kernel[(self.programs,)](**arguments, **options)
 
 
-def _plan(query: torch.Tensor, block_size: int, num_sequences: int | None) -> DiagPlan:
-    return diag_plan(
-        target_of(query), ELEMENT_TYPES[query.dtype], query.shape[-1], query.shape[2], block_size, num_sequences
-    )
-
-
-def _lse_shape(query: torch.Tensor, block_size: int, activation: str) -> tuple[int, int, int]:
-    is_needed = activation == "softmax" and _plan(query, block_size, None).is_split
-    return (*query.shape[:2], query.shape[2] if is_needed else 0)
+def _empty_forward(
+    query: torch.Tensor, theta: torch.Tensor | None, block_size: int, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch_size, num_heads, seq_len, head_dim = query.shape
+    largest = tile_sizes(target_of(query), ELEMENT_TYPES[query.dtype], head_dim).largest
+    needs_rows = activation == "softmax" and block_size > largest
+    lse = new_empty((batch_size, num_heads, seq_len if needs_rows else 0), query, torch.float32)
+    table = new_empty((2, block_size, 0 if theta is None else width_of(head_dim) // 2), query, torch.float32)
+    return _token_major(query), lse, table
 
 
 def _token_major(like: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, seq, head_dim) in the memory order (batch, seq, heads, head_dim), so that merging heads is free."""
+    """(batch, heads, seq, head_dim) in memory as (batch, seq, heads, head_dim), so that merging the heads is free."""
     batch_size, num_heads, seq_len, head_dim = like.shape
     return new_empty((batch_size, seq_len, num_heads, head_dim), like).transpose(1, 2)

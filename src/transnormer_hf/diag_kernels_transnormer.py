@@ -21,17 +21,16 @@ the position of the first token, or from cu_seqlens.
 The definition these must equal is `eager_diag_attention` in `ops_transnormer.py`.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from .triton_features_transnormer import (
+    KernelSpec,
+    KernelVariant,
     dot_precision,
     dot_type,
     padded_dim,
-    reflect,
-    rotate,
-    rotate_back,
     rotation,
-    rotation_gradient,
     turn_fraction,
     wide_dot_type,
 )
@@ -40,7 +39,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("the kernels of DiagAttention need the triton package") from error
+    raise ImportError("The Triton kernels need the triton package: pip install triton.") from error
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where a program's tokens stand
@@ -104,7 +103,9 @@ def locate_tile(
 
 
 @triton.jit
-def load_halves(pointer, columns, exists, stride_t, stride_d, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+def load_halves(
+    pointer, columns, exists, stride_t, stride_d, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+):
     """One head's vectors at the given columns, zeros where there is none: two (tokens, WIDTH / 2) float32."""
     rows = pointer + columns[:, None] * stride_t
     if PAIRS:
@@ -121,7 +122,9 @@ def load_halves(pointer, columns, exists, stride_t, stride_d, PAIRS: tl.constexp
 
 
 @triton.jit
-def store_halves(pointer, first, second, columns, exists, stride_t, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+def store_halves(
+    pointer, first, second, columns, exists, stride_t, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+):
     """The inverse of `load_halves`, for a tensor whose channels lie side by side."""
     rows = pointer + columns[:, None] * stride_t
     element_type = pointer.dtype.element_ty
@@ -137,14 +140,18 @@ def store_halves(pointer, first, second, columns, exists, stride_t, PAIRS: tl.co
 
 
 @triton.jit
-def load_lrpe(places, theta_ptr, householder_ptr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """cos and sin of place · theta, (tokens, WIDTH / 2) each, and the reflection's even and odd channels."""
+def load_lrpe(places, table_ptr, householder_ptr, block_size, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """cos and sin of place · theta, (tokens, WIDTH / 2) each, and the reflection's even and odd channels.
+
+    The table is small (32 KiB for 64 places of 128 channels), and every program reads it: it stays in the caches.
+    """
     pairs = tl.arange(0, WIDTH // 2)
-    inside = pairs < HEAD_DIM // 2
-    high, low = turn_fraction(tl.load(theta_ptr + pairs, mask=inside, other=0.0).to(tl.float32))
-    cos, sin = rotation(places, high, low)
-    even = tl.load(householder_ptr + 2 * pairs, mask=inside, other=0.0).to(tl.float32)
-    odd = tl.load(householder_ptr + 2 * pairs + 1, mask=inside, other=0.0).to(tl.float32)
+    entries = table_ptr + places[:, None] * (WIDTH // 2) + pairs[None, :]
+    is_inside = (places < block_size)[:, None]
+    cos = tl.load(entries, mask=is_inside, other=0.0)
+    sin = tl.load(entries + block_size * (WIDTH // 2), mask=is_inside, other=0.0)
+    even = tl.load(householder_ptr + 2 * pairs, mask=pairs < HEAD_DIM // 2, other=0.0).to(tl.float32)
+    odd = tl.load(householder_ptr + 2 * pairs + 1, mask=pairs < HEAD_DIM // 2, other=0.0).to(tl.float32)
     return cos, sin, even, odd
 
 
@@ -156,41 +163,53 @@ def reflect_pairs(even, odd, householder_even, householder_odd):
 
 
 @triton.jit
+def settle(tile):
+    """The same tile; a sum over one entry, which the compiler moves nothing across.
+
+    Else it would turn the operands of a rotation, not its result, into the registers of a matrix product, where each
+    warp holds all of a tile: the rotation would be computed once per warp, and for the backward pass spill.
+    """
+    return tl.sum(tl.expand_dims(tile, 2), 2)
+
+
+@triton.jit
 def load_turned(
-    pointer, columns, exists, stride_t, stride_d, places, theta_ptr, householder_ptr,
+    pointer, columns, exists, stride_t, stride_d, places, table_ptr, householder_ptr, block_size,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Queries or keys with LRPE, where there is one."""
-    first, second = load_halves(pointer, columns, exists, stride_t, stride_d, theta_ptr is not None, HEAD_DIM, WIDTH)
-    if theta_ptr is not None:
-        cos, sin, householder_even, householder_odd = load_lrpe(places, theta_ptr, householder_ptr, HEAD_DIM, WIDTH)
+    first, second = load_halves(pointer, columns, exists, stride_t, stride_d, table_ptr is not None, HEAD_DIM, WIDTH)
+    if table_ptr is not None:
+        cos, sin, householder_even, householder_odd = load_lrpe(
+            places, table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH
+        )
         even, odd = reflect_pairs(first, second, householder_even, householder_odd)
-        first = even * cos - odd * sin
-        second = even * sin + odd * cos
+        first = settle(even * cos - odd * sin)
+        second = settle(even * sin + odd * cos)
     return first, second
 
 
 @triton.jit
 def store_turned_back(
     pointer, grad_first, grad_second, turned_first, turned_second, columns, exists, stride_t, places,
-    theta_ptr, householder_ptr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    table_ptr, householder_ptr, block_size, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of queries or keys, given the one after LRPE; returns their part of theta's, (WIDTH / 2,).
 
-    y = R(angle) x has dy / dangle = (-y_odd, y_even), and angle = place · theta. cos and sin are computed once more:
+    y = R(angle) x has dy / dangle = (-y_odd, y_even), and angle = place · theta. cos and sin are read once more:
     that is cheaper than to keep them through the kernel.
     """
     grad_theta = tl.zeros((WIDTH // 2,), tl.float32)
-    if theta_ptr is not None:
+    if table_ptr is not None:
         grad_angle = grad_second * turned_first.to(tl.float32) - grad_first * turned_second.to(tl.float32)
         grad_theta = tl.sum(grad_angle * places.to(tl.float32)[:, None], 0)
-        cos, sin, householder_even, householder_odd = load_lrpe(places, theta_ptr, householder_ptr, HEAD_DIM, WIDTH)
+        cos, sin, householder_even, householder_odd = load_lrpe(
+            places, table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH
+        )
         grad_even = grad_first * cos + grad_second * sin
         grad_odd = grad_second * cos - grad_first * sin
         grad_first, grad_second = reflect_pairs(grad_even, grad_odd, householder_even, householder_odd)
-    store_halves(
-        pointer, grad_first, grad_second, columns, exists, stride_t, theta_ptr is not None, HEAD_DIM, WIDTH
-    )
+    store_halves(pointer, grad_first, grad_second, columns, exists, stride_t, table_ptr is not None, HEAD_DIM, WIDTH)
     return grad_theta
 
 
@@ -207,21 +226,21 @@ def inner_products(row_first, row_second, column_first, column_second, PRECISION
 
 
 @triton.jit
-def dropout_factors(seed_ptr, row_and_head, query_columns, key_start, dropout_p, keep_scale, KEYS: tl.constexpr):
-    """0 or 1 / (1 - p) for a tile of the map: (queries, KEYS) float32.
+def mark_dropped(weights, seed_ptr, row_and_head, query_columns, key_start, dropout_p, KEYS: tl.constexpr):
+    """The map, >= 0, with a minus sign on what dropout drops: (queries, KEYS) float32.
 
     The random bits of an entry come from a counter made of its place alone (head, column of the query, number of the
     key), so that the backward pass meets the same ones, in whatever order and tiles. One draw serves four keys.
     """
     groups = key_start // 4 + tl.arange(0, KEYS // 4)
     zeros = tl.zeros((query_columns.shape[0], KEYS // 4), tl.int32)
-    first, second, third, fourth = tl.philox(
-        tl.load(seed_ptr), groups[None, :] + zeros, query_columns.to(tl.int32)[:, None] + zeros, row_and_head.to(tl.int32) + zeros, zeros
-    )
-    bits = tl.join(tl.join(first, third), tl.join(second, fourth))  # (queries, KEYS / 4, 2, 2)
+    heads = row_and_head.to(tl.int32) + zeros
+    queries = query_columns.to(tl.int32)[:, None] + zeros
+    bits_0, bits_1, bits_2, bits_3 = tl.philox(tl.load(seed_ptr), groups[None, :] + zeros, queries, heads, zeros)
+    bits = tl.join(tl.join(bits_0, bits_2), tl.join(bits_1, bits_3))  # (queries, KEYS / 4, 2, 2)
     bits = tl.reshape(bits, (query_columns.shape[0], KEYS))
     uniform = (bits >> 8).to(tl.int32).to(tl.float32) * (1.0 / (1 << 24))  # exact, in [0, 1)
-    return tl.where(uniform >= dropout_p, keep_scale, 0.0)
+    return tl.where(uniform >= dropout_p, weights, -weights)
 
 
 @triton.jit
@@ -232,7 +251,30 @@ def masked_softmax(scores, visible):
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     weights = tl.exp(scores - highest[:, None])
     total = tl.sum(weights, 1)
-    return weights / tl.where(total == 0.0, 1.0, total)[:, None]
+    return weights * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of LRPE
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["block_size"])
+def diag_table_kernel(
+    table_ptr,  # (2, block_size, WIDTH / 2) float32
+    theta_ptr,  # (head_dim / 2,)
+    block_size,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """cos and sin of place · theta for the places of a block, TILE of them per program: positions restart in each."""
+    pairs = tl.arange(0, WIDTH // 2)
+    places = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    high, low = turn_fraction(tl.load(theta_ptr + pairs, mask=pairs < HEAD_DIM // 2, other=0.0).to(tl.float32))
+    cos, sin = rotation(places, high, low)
+    entries = table_ptr + places[:, None] * (WIDTH // 2) + pairs[None, :]
+    is_inside = (places < block_size)[:, None]
+    tl.store(entries, cos, mask=is_inside)
+    tl.store(entries + block_size * (WIDTH // 2), sin, mask=is_inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +288,7 @@ def diag_tile_forward_kernel(
     key_ptr, key_stride_b, key_stride_h, key_stride_t, key_stride_d,
     value_ptr, value_stride_b, value_stride_h, value_stride_t, value_stride_d,
     output_ptr, output_stride_b, output_stride_h, output_stride_t,
-    theta_ptr, householder_ptr,  # (head_dim / 2,), (head_dim,)
+    table_ptr, householder_ptr,  # (2, block_size, WIDTH / 2) cos and sin, (head_dim,)
     positions_ptr, positions_stride_b,  # (batch, seq) or (seq,) with stride 0
     is_real_ptr, is_real_stride_b,  # (batch, seq)
     cu_seqlens_ptr,  # (num_sequences + 1,)
@@ -279,10 +321,30 @@ def diag_tile_forward_kernel(
     output_ptr += row * output_stride_b + head * output_stride_h
 
     query_first, query_second = load_turned(
-        query_ptr, columns, exists, query_stride_t, query_stride_d, within, theta_ptr, householder_ptr, HEAD_DIM, WIDTH
+        query_ptr,
+        columns,
+        exists,
+        query_stride_t,
+        query_stride_d,
+        within,
+        table_ptr,
+        householder_ptr,
+        block_size,
+        HEAD_DIM,
+        WIDTH,
     )
     key_first, key_second = load_turned(
-        key_ptr, columns, is_key, key_stride_t, key_stride_d, within, theta_ptr, householder_ptr, HEAD_DIM, WIDTH
+        key_ptr,
+        columns,
+        is_key,
+        key_stride_t,
+        key_stride_d,
+        within,
+        table_ptr,
+        householder_ptr,
+        block_size,
+        HEAD_DIM,
+        WIDTH,
     )
     scores = scale * inner_products(
         query_first.to(DOT_TYPE), query_second.to(DOT_TYPE), key_first.to(DOT_TYPE), key_second.to(DOT_TYPE), PRECISION
@@ -295,7 +357,8 @@ def diag_tile_forward_kernel(
     else:
         weights = masked_softmax(scores, visible)
     if seed_ptr is not None:
-        weights *= dropout_factors(seed_ptr, row * num_heads + head, columns, 0, dropout_p, keep_scale, TILE)
+        weights = mark_dropped(weights, seed_ptr, row * num_heads + head, columns, 0, dropout_p, TILE)
+        weights = tl.maximum(weights, 0.0) * keep_scale
     weights = weights.to(MAP_TYPE)
     value_first, value_second = load_halves(
         value_ptr, columns, is_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
@@ -313,7 +376,7 @@ def diag_tile_backward_kernel(
     value_ptr, value_stride_b, value_stride_h, value_stride_t, value_stride_d,
     grad_query_ptr, grad_key_ptr, grad_value_ptr, output_stride_b, output_stride_h, output_stride_t,  # all three alike
     grad_theta_ptr,  # (programs, WIDTH / 2) float32, summed afterwards
-    theta_ptr, householder_ptr,
+    table_ptr, householder_ptr,
     positions_ptr, positions_stride_b,
     is_real_ptr, is_real_stride_b,
     cu_seqlens_ptr,
@@ -329,12 +392,13 @@ def diag_tile_backward_kernel(
     tile = program // num_heads % programs_per_row
     row = (program // num_heads // programs_per_row).to(tl.int64)
     pairs = tl.arange(0, WIDTH // 2)
-    grad_theta_ptr += program.to(tl.int64) * (WIDTH // 2)
+    if table_ptr is not None:
+        grad_theta_ptr += program.to(tl.int64) * (WIDTH // 2)
     first, begin, end = locate_tile(
         tile, positions_ptr + row * positions_stride_b, cu_seqlens_ptr, seq_len, num_sequences, block_size, tile_tokens
     )
     if first >= end:
-        if theta_ptr is not None:
+        if table_ptr is not None:
             tl.store(grad_theta_ptr + pairs, tl.zeros((WIDTH // 2,), tl.float32))
         return
     places = tl.arange(0, TILE)
@@ -351,12 +415,32 @@ def diag_tile_backward_kernel(
     start = row * output_stride_b + head * output_stride_h
 
     query_first, query_second = load_turned(
-        query_ptr, columns, exists, query_stride_t, query_stride_d, within, theta_ptr, householder_ptr, HEAD_DIM, WIDTH
+        query_ptr,
+        columns,
+        exists,
+        query_stride_t,
+        query_stride_d,
+        within,
+        table_ptr,
+        householder_ptr,
+        block_size,
+        HEAD_DIM,
+        WIDTH,
     )
     query_first = query_first.to(DOT_TYPE)
     query_second = query_second.to(DOT_TYPE)
     key_first, key_second = load_turned(
-        key_ptr, columns, is_key, key_stride_t, key_stride_d, within, theta_ptr, householder_ptr, HEAD_DIM, WIDTH
+        key_ptr,
+        columns,
+        is_key,
+        key_stride_t,
+        key_stride_d,
+        within,
+        table_ptr,
+        householder_ptr,
+        block_size,
+        HEAD_DIM,
+        WIDTH,
     )
     key_first = key_first.to(DOT_TYPE)
     key_second = key_second.to(DOT_TYPE)
@@ -368,6 +452,8 @@ def diag_tile_backward_kernel(
         weights = tl.where(visible, tl.maximum(scores, 0.0), 0.0)
     else:
         weights = masked_softmax(scores, visible)
+    if seed_ptr is not None:
+        weights = mark_dropped(weights, seed_ptr, row * num_heads + head, columns, 0, dropout_p, TILE)
 
     grad_first, grad_second = load_halves(
         grad_ptr, columns, exists, grad_stride_t, grad_stride_d, False, HEAD_DIM, WIDTH
@@ -382,14 +468,22 @@ def diag_tile_backward_kernel(
     )
     dropped = weights
     if seed_ptr is not None:
-        factors = dropout_factors(seed_ptr, row * num_heads + head, columns, 0, dropout_p, keep_scale, TILE)
-        grad_weights *= factors
-        dropped = weights * factors
+        grad_weights = tl.where(weights > 0.0, grad_weights * keep_scale, 0.0)
+        dropped = tl.maximum(weights, 0.0) * keep_scale
+        weights = tl.abs(weights)
     dropped = tl.trans(dropped.to(MAP_TYPE))
     grad_value_first = tl.dot(dropped, grad_first.to(MAP_TYPE), input_precision=PRECISION)  # (TILE, WIDTH / 2)
     grad_value_second = tl.dot(dropped, grad_second.to(MAP_TYPE), input_precision=PRECISION)
     store_halves(
-        grad_value_ptr + start, grad_value_first, grad_value_second, columns, exists, output_stride_t, False, HEAD_DIM, WIDTH
+        grad_value_ptr + start,
+        grad_value_first,
+        grad_value_second,
+        columns,
+        exists,
+        output_stride_t,
+        False,
+        HEAD_DIM,
+        WIDTH,
     )
 
     if RELU:
@@ -401,16 +495,18 @@ def diag_tile_backward_kernel(
         grad_query_ptr + start,
         tl.dot(grad_scores, key_first.to(MAP_TYPE), input_precision=PRECISION),
         tl.dot(grad_scores, key_second.to(MAP_TYPE), input_precision=PRECISION),
-        query_first, query_second, columns, exists, output_stride_t, within, theta_ptr, householder_ptr, HEAD_DIM, WIDTH,
+        query_first, query_second, columns, exists, output_stride_t, within,
+        table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
     )  # fmt: skip
     grad_scores = tl.trans(grad_scores)
     grad_theta += store_turned_back(
         grad_key_ptr + start,
         tl.dot(grad_scores, query_first.to(MAP_TYPE), input_precision=PRECISION),
         tl.dot(grad_scores, query_second.to(MAP_TYPE), input_precision=PRECISION),
-        key_first, key_second, columns, exists, output_stride_t, within, theta_ptr, householder_ptr, HEAD_DIM, WIDTH,
+        key_first, key_second, columns, exists, output_stride_t, within,
+        table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
     )  # fmt: skip
-    if theta_ptr is not None:
+    if table_ptr is not None:
         tl.store(grad_theta_ptr + pairs, grad_theta)
 
 
@@ -420,9 +516,7 @@ def diag_tile_backward_kernel(
 
 
 @triton.jit
-def locate_part(
-    number, positions_ptr, cu_seqlens_ptr, seq_len, num_sequences, block_size, PART: tl.constexpr
-):
+def locate_part(number, positions_ptr, cu_seqlens_ptr, seq_len, num_sequences, block_size, PART: tl.constexpr):
     """Where part `number` of a row lies, every block being cut into parts of PART tokens.
 
     Returns the block's first place (a column that may lie before its sequence), the columns [begin, end) of the block
@@ -435,6 +529,16 @@ def locate_part(
     return first, begin, tl.minimum(end, first + block_size), number % parts_per_block * PART
 
 
+@triton.jit
+def load_row_statistics(
+    output_ptr, lse_ptr, grad_first, grad_second, columns, exists, stride_t, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    """rowsum(O ∘ dO), which is rowsum(P ∘ dP), and the log-sum-exp of some queries: (queries,) each."""
+    first, second = load_halves(output_ptr, columns, exists, stride_t, 1, False, HEAD_DIM, WIDTH)
+    row_sums = tl.sum(first * grad_first, 1) + tl.sum(second * grad_second, 1)
+    return row_sums, tl.load(lse_ptr + columns, mask=exists, other=float("inf"))
+
+
 @triton.jit(do_not_specialize=["seq_len", "num_sequences", "programs_per_row", "block_size"])
 def diag_split_forward_kernel(
     query_ptr, query_stride_b, query_stride_h, query_stride_t, query_stride_d,  # (batch, heads, seq, head_dim)
@@ -442,7 +546,7 @@ def diag_split_forward_kernel(
     value_ptr, value_stride_b, value_stride_h, value_stride_t, value_stride_d,
     output_ptr, output_stride_b, output_stride_h, output_stride_t,
     lse_ptr,  # (batch, heads, seq) float32: log of the sum of exp(scores), +inf where no key is visible; not for relu
-    theta_ptr, householder_ptr,
+    table_ptr, householder_ptr,
     positions_ptr, positions_stride_b,
     is_real_ptr, is_real_stride_b,
     cu_seqlens_ptr,
@@ -452,7 +556,7 @@ def diag_split_forward_kernel(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr,
     PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE queries of one block and head against the block's keys, TILE at a time, with a running softmax."""
+    """One program: TILE queries of one block and head against the block's keys, with a running softmax."""
     program = tl.program_id(0)
     head = (program % num_heads).to(tl.int64)
     row = (program // num_heads // programs_per_row).to(tl.int64)
@@ -473,13 +577,14 @@ def diag_split_forward_kernel(
     if not RELU:
         lse_ptr += (row * num_heads + head) * seq_len
 
-    query = load_rows(query_ptr, query_columns, query_exists, query_stride_t, query_stride_d, HEAD_DIM, WIDTH)
-    if theta_ptr is not None:
-        householder = load_householder(householder_ptr, HEAD_DIM, WIDTH)
-        cos, sin = load_rotation(query_places, theta_ptr, HEAD_DIM, WIDTH)
-        query = rotate(reflect(query, householder), cos, sin, TILE, WIDTH)
-    query = query.to(DOT_TYPE)
-    output = tl.zeros((TILE, WIDTH), tl.float32)
+    query_first, query_second = load_turned(
+        query_ptr, query_columns, query_exists, query_stride_t, query_stride_d, query_places,
+        table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+    )  # fmt: skip
+    query_first = query_first.to(DOT_TYPE)
+    query_second = query_second.to(DOT_TYPE)
+    output_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
+    output_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
     highest = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     stop = (end - first).to(tl.int32)
@@ -491,12 +596,14 @@ def diag_split_forward_kernel(
         is_key = (key_columns >= begin) & (key_columns < end)
         if is_real_ptr is not None:
             is_key = tl.load(is_real_ptr + row * is_real_stride_b + key_columns, mask=is_key, other=0) != 0
-        key = load_rows(key_ptr, key_columns, is_key, key_stride_t, key_stride_d, HEAD_DIM, WIDTH)
-        if theta_ptr is not None:
-            cos, sin = load_rotation(key_places, theta_ptr, HEAD_DIM, WIDTH)
-            key = rotate(reflect(key, householder), cos, sin, TILE, WIDTH)
-        scores = tl.dot(query, tl.trans(key.to(DOT_TYPE)), input_precision=PRECISION) * scale  # (TILE, TILE)
-        visible = is_key[None, :] & (query_places[:, None] >= 0)
+        key_first, key_second = load_turned(
+            key_ptr, key_columns, is_key, key_stride_t, key_stride_d, key_places,
+            table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+        )  # fmt: skip
+        scores = scale * inner_products(
+            query_first, query_second, key_first.to(DOT_TYPE), key_second.to(DOT_TYPE), PRECISION
+        )  # (TILE, TILE)
+        visible = is_key[None, :] & query_exists[:, None]
         if CAUSAL:
             visible &= query_places[:, None] >= key_places[None, :]
         if RELU:
@@ -509,18 +616,26 @@ def diag_split_forward_kernel(
             shrink = tl.exp(highest - shift)
             highest = new_highest
             total = total * shrink + tl.sum(weights, 1)
-            output *= shrink[:, None]
+            output_first *= shrink[:, None]
+            output_second *= shrink[:, None]
         if seed_ptr is not None:
-            weights *= dropout_factors(
-                seed_ptr, (row * num_heads + head).to(tl.int32), query_columns, key_start, dropout_p, keep_scale, TILE
-            )
-        value = load_rows(value_ptr, key_columns, is_key, value_stride_t, value_stride_d, HEAD_DIM, WIDTH)
-        output += tl.dot(weights.to(MAP_TYPE), value.to(MAP_TYPE), input_precision=PRECISION)
+            weights = mark_dropped(weights, seed_ptr, row * num_heads + head, query_columns, key_start, dropout_p, TILE)
+            weights = tl.maximum(weights, 0.0) * keep_scale
+        weights = weights.to(MAP_TYPE)
+        value_first, value_second = load_halves(
+            value_ptr, key_columns, is_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
+        )
+        output_first = tl.dot(weights, value_first.to(MAP_TYPE), output_first, input_precision=PRECISION)
+        output_second = tl.dot(weights, value_second.to(MAP_TYPE), output_second, input_precision=PRECISION)
     if not RELU:
-        output /= tl.where(total == 0.0, 1.0, total)[:, None]
+        norm = 1.0 / tl.where(total == 0.0, 1.0, total)
+        output_first *= norm[:, None]
+        output_second *= norm[:, None]
         lse = tl.where(total == 0.0, float("inf"), highest + tl.log(tl.where(total == 0.0, 1.0, total)))
         tl.store(lse_ptr + query_columns, lse, mask=query_exists)
-    store_rows(output_ptr, output, query_columns, query_exists, output_stride_t, HEAD_DIM, WIDTH)
+    store_halves(
+        output_ptr, output_first, output_second, query_columns, query_exists, output_stride_t, False, HEAD_DIM, WIDTH
+    )
 
 
 @triton.jit(do_not_specialize=["seq_len", "num_sequences", "programs_per_row", "block_size"])
@@ -533,7 +648,7 @@ def diag_split_backward_kernel(
     grad_query_ptr, grad_key_ptr, grad_value_ptr, output_stride_b, output_stride_h, output_stride_t,  # all four alike
     lse_ptr,
     grad_theta_ptr,  # (programs, WIDTH / 2) float32, summed afterwards
-    theta_ptr, householder_ptr,
+    table_ptr, householder_ptr,
     positions_ptr, positions_stride_b,
     is_real_ptr, is_real_stride_b,
     cu_seqlens_ptr,
@@ -551,13 +666,14 @@ def diag_split_backward_kernel(
     head = (program % num_heads).to(tl.int64)
     row = (program // num_heads // programs_per_row).to(tl.int64)
     pairs = tl.arange(0, WIDTH // 2)
-    grad_theta_ptr += program.to(tl.int64) * (WIDTH // 2)
+    if table_ptr is not None:
+        grad_theta_ptr += program.to(tl.int64) * (WIDTH // 2)
     first, begin, end, part_start = locate_part(
         program // num_heads % programs_per_row,
         positions_ptr + row * positions_stride_b, cu_seqlens_ptr, seq_len, num_sequences, block_size, TILE,
     )  # fmt: skip
     if first + part_start >= end:
-        if theta_ptr is not None:
+        if table_ptr is not None:
             tl.store(grad_theta_ptr + pairs, tl.zeros((WIDTH // 2,), tl.float32))
         return
     places = tl.arange(0, TILE)
@@ -572,120 +688,163 @@ def diag_split_backward_kernel(
     if not RELU:
         output_ptr += start
         lse_ptr += (row * num_heads + head) * seq_len
-    row_and_head = (row * num_heads + head).to(tl.int32)
-    if theta_ptr is not None:
-        householder = load_householder(householder_ptr, HEAD_DIM, WIDTH)
-        grad_theta = tl.zeros((WIDTH // 2,), tl.float32)
+    stop = (end - first).to(tl.int32)
 
     # my tokens as queries
-    query = load_rows(query_ptr, my_columns, i_exist, query_stride_t, query_stride_d, HEAD_DIM, WIDTH)
-    grad = load_rows(grad_ptr, my_columns, i_exist, grad_stride_t, grad_stride_d, HEAD_DIM, WIDTH)
-    if theta_ptr is not None:
-        cos, sin = load_rotation(my_places, theta_ptr, HEAD_DIM, WIDTH)
-        query = rotate(reflect(query, householder), cos, sin, TILE, WIDTH)
-    query = query.to(DOT_TYPE)
+    query_first, query_second = load_turned(
+        query_ptr, my_columns, i_exist, query_stride_t, query_stride_d, my_places,
+        table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+    )  # fmt: skip
+    query_first = query_first.to(DOT_TYPE)
+    query_second = query_second.to(DOT_TYPE)
+    grad_first, grad_second = load_halves(
+        grad_ptr, my_columns, i_exist, grad_stride_t, grad_stride_d, False, HEAD_DIM, WIDTH
+    )
     if not RELU:
-        output = load_rows(output_ptr, my_columns, i_exist, output_stride_t, 1, HEAD_DIM, WIDTH)
-        row_sums = tl.sum(output * grad, 1)
-        lse = tl.load(lse_ptr + my_columns, mask=i_exist, other=float("inf"))
-    grad = grad.to(DOT_TYPE)
-    grad_query = tl.zeros((TILE, WIDTH), tl.float32)
-    stop = (end - first).to(tl.int32)
+        row_sums, lse = load_row_statistics(
+            output_ptr, lse_ptr, grad_first, grad_second, my_columns, i_exist, output_stride_t, HEAD_DIM, WIDTH
+        )
+    grad_first = grad_first.to(DOT_TYPE)
+    grad_second = grad_second.to(DOT_TYPE)
+    sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
+    sum_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
+    keys_stop = stop
     if CAUSAL:
-        stop = tl.minimum(stop, part_start + TILE)
-    for key_start in range(0, stop, TILE):
+        keys_stop = tl.minimum(stop, part_start + TILE)
+    for key_start in range(0, keys_stop, TILE):
         key_places = key_start + places
         key_columns = first + key_places
         is_key = (key_columns >= begin) & (key_columns < end)
         if is_real_ptr is not None:
             is_key = tl.load(is_real_ptr + row * is_real_stride_b + key_columns, mask=is_key, other=0) != 0
-        key = load_rows(key_ptr, key_columns, is_key, key_stride_t, key_stride_d, HEAD_DIM, WIDTH)
-        if theta_ptr is not None:
-            cos, sin = load_rotation(key_places, theta_ptr, HEAD_DIM, WIDTH)
-            key = rotate(reflect(key, householder), cos, sin, TILE, WIDTH)
-        key = key.to(DOT_TYPE)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        value = load_rows(value_ptr, key_columns, is_key, value_stride_t, value_stride_d, HEAD_DIM, WIDTH)
-        grad_scores = tl.dot(grad, tl.trans(value.to(DOT_TYPE)), input_precision=PRECISION)
-        if seed_ptr is not None:
-            grad_scores *= dropout_factors(
-                seed_ptr, row_and_head, my_columns, key_start, dropout_p, keep_scale, TILE
-            )
-        visible = is_key[None, :] & (my_places[:, None] >= 0)
+        key_first, key_second = load_turned(
+            key_ptr, key_columns, is_key, key_stride_t, key_stride_d, key_places,
+            table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+        )  # fmt: skip
+        key_first = key_first.to(DOT_TYPE)
+        key_second = key_second.to(DOT_TYPE)
+        scores = inner_products(query_first, query_second, key_first, key_second, PRECISION) * scale
+        visible = is_key[None, :] & i_exist[:, None]
         if CAUSAL:
             visible &= my_places[:, None] >= key_places[None, :]
         if RELU:
-            grad_scores = tl.where(visible & (scores > 0.0), grad_scores, 0.0)
+            weights = tl.where(visible & (scores > 0.0), 1.0, 0.0)
         else:
             weights = tl.exp(tl.where(visible, scores, float("-inf")) - lse[:, None])
-            grad_scores = weights * (grad_scores - row_sums[:, None])
-        grad_query += tl.dot((grad_scores * scale).to(MAP_TYPE), key.to(MAP_TYPE), input_precision=PRECISION)
-    if theta_ptr is not None:
-        cos, sin = load_rotation(my_places, theta_ptr, HEAD_DIM, WIDTH)
-        grad_query, grad_theta = rotate_backward(
-            grad_query, query.to(tl.float32), my_places, householder, cos, sin, TILE, WIDTH
+        if seed_ptr is not None:
+            weights = mark_dropped(weights, seed_ptr, row * num_heads + head, my_columns, key_start, dropout_p, TILE)
+        value_first, value_second = load_halves(
+            value_ptr, key_columns, is_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
         )
-    store_rows(grad_query_ptr + start, grad_query, my_columns, i_exist, output_stride_t, HEAD_DIM, WIDTH)
+        grad_scores = inner_products(
+            grad_first, grad_second, value_first.to(DOT_TYPE), value_second.to(DOT_TYPE), PRECISION
+        )
+        if seed_ptr is not None:
+            grad_scores = tl.where(weights > 0.0, grad_scores * keep_scale, 0.0)
+            weights = tl.abs(weights)
+        if not RELU:
+            grad_scores -= row_sums[:, None]
+        grad_scores = (weights * grad_scores * scale).to(MAP_TYPE)
+        sum_first = tl.dot(grad_scores, key_first.to(MAP_TYPE), sum_first, input_precision=PRECISION)
+        sum_second = tl.dot(grad_scores, key_second.to(MAP_TYPE), sum_second, input_precision=PRECISION)
+    grad_theta = store_turned_back(
+        grad_query_ptr + start, sum_first, sum_second, query_first, query_second, my_columns, i_exist, output_stride_t,
+        my_places, table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+    )  # fmt: skip
 
     # my tokens as keys
     i_am_key = i_exist
     if is_real_ptr is not None:
         i_am_key = tl.load(is_real_ptr + row * is_real_stride_b + my_columns, mask=i_exist, other=0) != 0
-    my_key = load_rows(key_ptr, my_columns, i_am_key, key_stride_t, key_stride_d, HEAD_DIM, WIDTH)
-    if theta_ptr is not None:
-        cos, sin = load_rotation(my_places, theta_ptr, HEAD_DIM, WIDTH)
-        my_key = rotate(reflect(my_key, householder), cos, sin, TILE, WIDTH)
-    my_key = my_key.to(DOT_TYPE)
-    my_value = load_rows(value_ptr, my_columns, i_am_key, value_stride_t, value_stride_d, HEAD_DIM, WIDTH).to(DOT_TYPE)
-    grad_key = tl.zeros((TILE, WIDTH), tl.float32)
-    grad_value = tl.zeros((TILE, WIDTH), tl.float32)
-    query_begin = 0
+    key_first, key_second = load_turned(
+        key_ptr, my_columns, i_am_key, key_stride_t, key_stride_d, my_places,
+        table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+    )  # fmt: skip
+    key_first = key_first.to(DOT_TYPE)
+    key_second = key_second.to(DOT_TYPE)
+    value_first, value_second = load_halves(
+        value_ptr, my_columns, i_am_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
+    )
+    value_first = value_first.to(DOT_TYPE)
+    value_second = value_second.to(DOT_TYPE)
+    sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
+    sum_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
+    grad_value_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
+    grad_value_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
+    queries_begin = 0
     if CAUSAL:
-        query_begin = part_start
-    for query_start in range(query_begin, (end - first).to(tl.int32), TILE):
+        queries_begin = part_start
+    for query_start in range(queries_begin, stop, TILE):
         query_places = query_start + places
         query_columns = first + query_places
         query_exists = (query_columns >= begin) & (query_columns < end)
-        query = load_rows(query_ptr, query_columns, query_exists, query_stride_t, query_stride_d, HEAD_DIM, WIDTH)
-        grad = load_rows(grad_ptr, query_columns, query_exists, grad_stride_t, grad_stride_d, HEAD_DIM, WIDTH)
-        if theta_ptr is not None:
-            cos, sin = load_rotation(query_places, theta_ptr, HEAD_DIM, WIDTH)
-            query = rotate(reflect(query, householder), cos, sin, TILE, WIDTH)
-        query = query.to(DOT_TYPE)
-        scores = tl.dot(query, tl.trans(my_key), input_precision=PRECISION) * scale
+        query_first, query_second = load_turned(
+            query_ptr, query_columns, query_exists, query_stride_t, query_stride_d, query_places,
+            table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+        )  # fmt: skip
+        query_first = query_first.to(DOT_TYPE)
+        query_second = query_second.to(DOT_TYPE)
+        scores = inner_products(query_first, query_second, key_first, key_second, PRECISION) * scale
         visible = i_am_key[None, :] & query_exists[:, None]
         if CAUSAL:
             visible &= query_places[:, None] >= my_places[None, :]
+        grad_first, grad_second = load_halves(
+            grad_ptr, query_columns, query_exists, grad_stride_t, grad_stride_d, False, HEAD_DIM, WIDTH
+        )
         if RELU:
             weights = tl.where(visible, tl.maximum(scores, 0.0), 0.0)
         else:
-            output = load_rows(output_ptr, query_columns, query_exists, output_stride_t, 1, HEAD_DIM, WIDTH)
-            row_sums = tl.sum(output * grad, 1)
-            lse = tl.load(lse_ptr + query_columns, mask=query_exists, other=float("inf"))
+            row_sums, lse = load_row_statistics(
+                output_ptr,
+                lse_ptr,
+                grad_first,
+                grad_second,
+                query_columns,
+                query_exists,
+                output_stride_t,
+                HEAD_DIM,
+                WIDTH,
+            )
             weights = tl.exp(tl.where(visible, scores, float("-inf")) - lse[:, None])
-        grad = grad.to(DOT_TYPE)
-        grad_scores = tl.dot(grad, tl.trans(my_value), input_precision=PRECISION)
+        if seed_ptr is not None:
+            weights = mark_dropped(
+                weights, seed_ptr, row * num_heads + head, query_columns, part_start, dropout_p, TILE
+            )
+        grad_first = grad_first.to(DOT_TYPE)
+        grad_second = grad_second.to(DOT_TYPE)
+        grad_scores = inner_products(grad_first, grad_second, value_first, value_second, PRECISION)
         dropped = weights
         if seed_ptr is not None:
-            factors = dropout_factors(
-                seed_ptr, row_and_head, query_columns, part_start, dropout_p, keep_scale, TILE
-            )
-            grad_scores *= factors
-            dropped = weights * factors
-        grad_value += tl.dot(tl.trans(dropped.to(MAP_TYPE)), grad.to(MAP_TYPE), input_precision=PRECISION)
+            grad_scores = tl.where(weights > 0.0, grad_scores * keep_scale, 0.0)
+            dropped = tl.maximum(weights, 0.0) * keep_scale
+            weights = tl.abs(weights)
+        dropped = tl.trans(dropped.to(MAP_TYPE))
+        grad_value_first = tl.dot(dropped, grad_first.to(MAP_TYPE), grad_value_first, input_precision=PRECISION)
+        grad_value_second = tl.dot(dropped, grad_second.to(MAP_TYPE), grad_value_second, input_precision=PRECISION)
         if RELU:
             grad_scores = tl.where(weights > 0.0, grad_scores, 0.0)
         else:
             grad_scores = weights * (grad_scores - row_sums[:, None])
-        grad_key += tl.dot(tl.trans((grad_scores * scale).to(MAP_TYPE)), query.to(MAP_TYPE), input_precision=PRECISION)
-    store_rows(grad_value_ptr + start, grad_value, my_columns, i_exist, output_stride_t, HEAD_DIM, WIDTH)
-    if theta_ptr is not None:
-        cos, sin = load_rotation(my_places, theta_ptr, HEAD_DIM, WIDTH)
-        grad_key, more = rotate_backward(
-            grad_key, my_key.to(tl.float32), my_places, householder, cos, sin, TILE, WIDTH
-        )
-        tl.store(grad_theta_ptr + pairs, grad_theta + more)
-    store_rows(grad_key_ptr + start, grad_key, my_columns, i_exist, output_stride_t, HEAD_DIM, WIDTH)
+        grad_scores = tl.trans((grad_scores * scale).to(MAP_TYPE))
+        sum_first = tl.dot(grad_scores, query_first.to(MAP_TYPE), sum_first, input_precision=PRECISION)
+        sum_second = tl.dot(grad_scores, query_second.to(MAP_TYPE), sum_second, input_precision=PRECISION)
+    store_halves(
+        grad_value_ptr + start,
+        grad_value_first,
+        grad_value_second,
+        my_columns,
+        i_exist,
+        output_stride_t,
+        False,
+        HEAD_DIM,
+        WIDTH,
+    )
+    grad_theta += store_turned_back(
+        grad_key_ptr + start, sum_first, sum_second, key_first, key_second, my_columns, i_exist, output_stride_t,
+        my_places, table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+    )  # fmt: skip
+    if table_ptr is not None:
+        tl.store(grad_theta_ptr + pairs, grad_theta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -709,12 +868,20 @@ class DiagPlan(NamedTuple):
     programs_per_row: int
 
 
-def tile_sizes(target: str, dtype: str, head_dim: int) -> tuple[int, int, int]:
-    """The usual tile, the largest tile that may hold a whole block, and the tile of larger blocks."""
-    width = padded_dim(head_dim)
+class TileSizes(NamedTuple):
+    """Places of a tile, powers of two: the usual number, the most that may hold a block, and that of larger blocks."""
+
+    usual: int
+    largest: int
+    split: int
+
+
+def tile_sizes(target: str, dtype: str, head_dim: int) -> TileSizes:
+    """The table of tiles: as many places as the registers of the backward pass hold without spilling."""
+    width = width_of(head_dim)
     if dtype == "fp32":
-        return (64, 64, 32) if width <= 64 else (32, 32, 32)
-    return (64, 128, 64) if width <= 64 else (64, 64, 64)
+        return TileSizes(64, 64, 32) if width <= 64 else TileSizes(32, 32, 32)
+    return TileSizes(64, 128, 64) if width <= 64 else TileSizes(64, 64, 64)
 
 
 def diag_plan(
@@ -738,18 +905,159 @@ def diag_plan(
     return DiagPlan(is_split, tile, tokens, count * programs_per_place)
 
 
-def launch_options(
-    kernel: str, target: str, dtype: str, head_dim: int, tile: int, relu: bool, interpreted: bool = False
+def width_of(head_dim: int) -> int:
+    """Channels of a tile: a power of two, of which each half has at least the 16 that `tl.dot` needs."""
+    return max(32, padded_dim(head_dim))
+
+
+def launch_options(kernel: str, target: str, dtype: str, head_dim: int, tile: int) -> dict[str, int]:
+    """num_warps and num_stages of a kernel ("tile_forward", "split_backward", ...) for a plan's tile."""
+    return {"num_warps": 8 if tile * width_of(head_dim) > 64 * 64 else 4, "num_stages": 1}
+
+
+def kernel_constants(
+    target: str, dtype: str, head_dim: int, tile: int, causal: bool, relu: bool, interpreted: bool = False
 ) -> dict[str, Any]:
-    """Constants and num_warps of a kernel ("tile_forward", ...) for a plan's tile."""
+    """The constexprs of the four kernels."""
     return {
         "HEAD_DIM": head_dim,
-        "WIDTH": padded_dim(head_dim),
+        "WIDTH": width_of(head_dim),
         "TILE": tile,
         "DOT_TYPE": dot_type(dtype, interpreted),
         # relu scores may outgrow float16, probabilities do not
         "MAP_TYPE": wide_dot_type(dtype, interpreted) if relu else dot_type(dtype, interpreted),
         "PRECISION": dot_precision(target, dtype),
-        "num_warps": 8 if tile * padded_dim(head_dim) > 64 * 64 else 4,
-        "num_stages": 1,
+        "CAUSAL": causal,
+        "RELU": relu,
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The registry for compiling ahead of time
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Use(NamedTuple):
+    """One way in which the operators launch the kernels."""
+
+    relu: bool
+    causal: bool
+    lrpe: bool = True
+    mask: bool = False
+    packed: bool = False
+    dropout: bool = False
+
+
+_USES = {
+    "softmax, no lrpe": _Use(relu=False, causal=False, lrpe=False),
+    "softmax, causal": _Use(relu=False, causal=True),
+    "softmax, mask, dropout": _Use(relu=False, causal=False, mask=True, dropout=True),
+    "softmax, causal, packed, dropout": _Use(relu=False, causal=True, packed=True, dropout=True),
+    "relu, causal": _Use(relu=True, causal=True),
+    "relu, mask, dropout": _Use(relu=True, causal=False, mask=True, dropout=True),
+}
+
+
+def _variants(kernel: Any, name: str) -> Callable[[str, str, int], Iterator[KernelVariant]]:
+    def variants(target: str, dtype: str, head_dim: int) -> Iterator[KernelVariant]:
+        sizes = tile_sizes(target, dtype, head_dim)
+        tiles = {sizes.split} if name.startswith("split") else {sizes.usual, sizes.largest}
+        for tile in sorted(tiles):
+            for use_name, use in _USES.items():
+                constexprs = kernel_constants(target, dtype, head_dim, tile, use.causal, use.relu)
+                constexprs |= dict.fromkeys(
+                    (argument for argument in kernel.arg_names if argument.endswith("stride_d")), 1
+                )
+                types: dict[str, str | None] = dict.fromkeys(("scale", "dropout_p", "keep_scale"), "fp32")
+                types |= {argument: f"*{dtype}" for argument in kernel.arg_names if argument.endswith("_ptr")}
+                types |= dict.fromkeys(
+                    ("grad_theta_ptr", "table_ptr", "householder_ptr"), "*fp32" if use.lrpe else None
+                )
+                types |= {"lse_ptr": None if use.relu else "*fp32", "positions_ptr": "*i64"}
+                types |= {"is_real_ptr": "*i1" if use.mask else None, "seed_ptr": "*i64" if use.dropout else None}
+                types |= {"cu_seqlens_ptr": "*i64" if use.packed else None}
+                if name == "split_backward" and use.relu:
+                    types["output_ptr"] = None
+                absent = {argument: None for argument, type_ in types.items() if type_ is None}
+                yield KernelVariant(
+                    f"tile {tile}, {use_name}",
+                    {argument: type_ for argument, type_ in types.items() if type_ is not None},
+                    {
+                        argument: value
+                        for argument, value in (constexprs | absent).items()
+                        if argument in kernel.arg_names
+                    },
+                    launch_options(name, target, dtype, head_dim, tile),
+                )
+
+    return variants
+
+
+def _table_variants(target: str, dtype: str, head_dim: int) -> Iterator[KernelVariant]:
+    constexprs = {"HEAD_DIM": head_dim, "WIDTH": width_of(head_dim), "TILE": TABLE_TILE}
+    yield KernelVariant("", {"table_ptr": "*fp32", "theta_ptr": "*fp32"}, constexprs, {"num_warps": 4, "num_stages": 1})
+
+
+TABLE_TILE = 16
+KERNELS: list[KernelSpec] = [
+    KernelSpec("diag_table", diag_table_kernel, _table_variants),
+    KernelSpec("diag_tile_forward", diag_tile_forward_kernel, _variants(diag_tile_forward_kernel, "tile_forward")),
+    KernelSpec("diag_tile_backward", diag_tile_backward_kernel, _variants(diag_tile_backward_kernel, "tile_backward")),
+    KernelSpec("diag_split_forward", diag_split_forward_kernel, _variants(diag_split_forward_kernel, "split_forward")),
+    KernelSpec(
+        "diag_split_backward", diag_split_backward_kernel, _variants(diag_split_backward_kernel, "split_backward")
+    ),
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the kernels read and write
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def diag_attention_traffic(
+    batch_size: int,
+    num_heads: int,
+    seq_len: int,
+    head_dim: int,
+    dtype: str,
+    *,
+    block_size: int = 64,
+    activation: str = "softmax",
+    mask: bool = True,
+    target: str = "sm_90",
+) -> tuple[int, int]:
+    """Bytes through device memory of a forward and of a backward pass with LRPE, counted program by program.
+
+    With U = batch · heads · seq · head_dim · element size, one program of the tile kernels reads the q, k, v of its
+    tokens and writes their output: 4 U in all. Its backward reads q, k, v, dO and writes dQ, dK, dV: 7 U. The map and
+    its row sums stay in registers. Beside these a program reads one position and its part of the mask, and leaves
+    WIDTH / 2 numbers for theta's gradient that are read once more to be summed: 4 WIDTH bytes per `tokens` tokens of a
+    head, 0.03 U for 64 tokens of 16 bits. The table of LRPE is counted once, however many programs read it: it is a few
+    KiB that stay in the caches.
+
+    Blocks larger than a tile: the forward pass writes a log-sum-exp per row as well, the backward pass reads it and O
+    (8 U). Programs of one block run next to each other, so what they read of each other's tokens is in the second-level
+    cache and counted once.
+    """
+    element_size, width = (4 if dtype == "fp32" else 2), width_of(head_dim)
+    plan = diag_plan(target, dtype, head_dim, seq_len, block_size, None)
+    per_block = triton.cdiv(block_size, plan.tile) if plan.is_split else 1
+    tokens_of_programs = []
+    for program in range(plan.programs_per_row):
+        start = program // per_block * (block_size if plan.is_split else plan.tokens)
+        part = program % per_block * plan.tile
+        end = min(seq_len, start + block_size) if plan.is_split else min(seq_len, start + plan.tokens)
+        tokens_of_programs.append(max(0, min(end - start - part, plan.tokens)))
+
+    forward = backward = table = 2 * block_size * (width // 2) * 4
+    forward += table  # written, then read
+    row_statistics = 4 if plan.is_split and activation == "softmax" else 0
+    for tokens in tokens_of_programs:
+        program_bytes = 8 + tokens * mask if tokens else 8
+        tile_bytes = tokens * head_dim * element_size
+        forward += batch_size * num_heads * (program_bytes + 4 * tile_bytes + tokens * row_statistics)
+        backward += batch_size * num_heads * (program_bytes + 7 * tile_bytes + 2 * (width // 2) * 4)
+        if row_statistics:
+            backward += batch_size * num_heads * (tile_bytes + tokens * row_statistics)
+    return forward, backward

@@ -45,14 +45,20 @@ def rotation_table(positions: torch.Tensor, theta: torch.Tensor) -> tuple[torch.
     """cos and sin of `positions · theta`, in the dtype of `theta`.
 
     positions: any shape of integers; theta: (head_dim / 2,). Returns two tensors (*positions.shape, head_dim / 2).
+    """
+    angles = rotation_angles(positions, theta)
+    return angles.cos(), angles.sin()
 
-    The angle is reduced to one turn in float64: the product alone, rounded to float32, would be off by 0.008 rad at
-    position 131,072. (MPS has no float64; there the product is float32.)
+
+def rotation_angles(positions: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """`positions · theta` modulo one turn: (*positions.shape, head_dim / 2) in the dtype of `theta`.
+
+    The reduction is done in float64: the product alone, rounded to float32, would be off by 0.008 rad at position
+    131,072. (MPS has no float64; there the product is float32.)
     """
     wide = torch.float32 if theta.device.type == "mps" else torch.float64
     turns = positions.to(wide)[..., None] * (theta.to(wide) / (2 * torch.pi))
-    angle = ((turns - turns.detach().floor()) * (2 * torch.pi)).to(theta.dtype)
-    return angle.cos(), angle.sin()
+    return ((turns - turns.detach().floor()) * (2 * torch.pi)).to(theta.dtype)
 
 
 def apply_lrpe(hidden_states: torch.Tensor, positions: torch.Tensor, lrpe: LRPE) -> torch.Tensor:

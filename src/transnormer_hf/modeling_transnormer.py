@@ -149,8 +149,8 @@ class TransNormerAttention(nn.Module):
             output = self.attend(query, key, value, layout, lrpe, state)  # (batch, heads, seq, head_dim)
         if weights is not None:  # the output goes by way of the map, so that gradients reach the map
             output = (weights @ zero_padding(value.to(weights.dtype), layout)).to(value.dtype)
-        output = output.transpose(1, 2).reshape(shape)
-        return self.out_proj(self.norm(output)), weights
+        output = self.norm(output.transpose(1, 2).reshape(shape)).to(hidden_states.dtype)
+        return self.out_proj(output), weights
 
     def _split_heads(self, states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         # packed sequences may lie in several rows; the attentions take them in one
@@ -194,6 +194,8 @@ class TransNormerNormAttention(TransNormerAttention):
         self.options: dict[str, Any] = {"causal": config.is_causal, "feature_map": config.feature_map}
 
     def attend(self, query, key, value, layout, lrpe, state):
+        if value.dtype == torch.float16:  # sums over a long context leave its range before the norm brings them back
+            query, key, value = query.float(), key.float(), value.float()
         past = None if state is None or state.tokens.are_first else state.state.tensors["state"]
         output, new_state = norm_attention(
             query,
@@ -220,7 +222,7 @@ class TransNormerNormAttention(TransNormerAttention):
             query_key = apply_lrpe(query_key, layout.positions, lrpe)
         query, key = query_key.chunk(2, 1)
         state.state.append(key, value, state.tokens)
-        return state.state.attend(query).to(value.dtype)
+        return state.state.attend(query)
 
     def attention_map(self, query, key, layout, lrpe):
         if self.config.backend != "eager":  # no other backend ever forms this map
@@ -247,7 +249,7 @@ class TransNormerDiagAttention(TransNormerAttention):
             return diag_attention(query, key, value, **options, lrpe=lrpe, layout=layout, backend=self.config.backend)
 
         # A state holds rotated keys, so that a later query meets them as they are.
-        dtype, wide = value.dtype, compute_dtype(value.dtype)
+        wide = compute_dtype(value.dtype)
         query, key, value = query.to(wide), key.to(wide), value.to(wide)
         if lrpe is not None:
             within_block = layout.positions % self.config.block_size
@@ -274,7 +276,7 @@ class TransNormerDiagAttention(TransNormerAttention):
                 backend="eager" if self.config.backend == "eager" else "torch",
             )[:, :, block_size:]
         state.state.append(key, value, state.tokens)
-        return output.to(dtype)
+        return output
 
     def step(self, query, key, value, layout, lrpe, state):
         query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, 1, head_dim)
@@ -282,8 +284,7 @@ class TransNormerDiagAttention(TransNormerAttention):
             query_key = apply_lrpe(query_key, layout.positions % self.config.block_size, lrpe)
         query, key = query_key.chunk(2, 1)
         state.state.append(key, value, state.tokens)
-        output = state.state.attend(query, state.tokens, self.options["activation"], self.options["scale"])
-        return output.to(value.dtype)
+        return state.state.attend(query, state.tokens, self.options["activation"], self.options["scale"])
 
     def attention_map(self, query, key, layout, lrpe):
         weights = diag_attention_map(query, key, layout=layout, lrpe=lrpe, **self.options)
@@ -489,14 +490,14 @@ class TransNormerModel(TransNormerPreTrainedModel):
                     "past_key_values was given to a bidirectional model (is_causal=False), which has none."
                 )
             past_key_values = adopt_cache(past_key_values, self.config)
-        elif use_cache and self.config.is_causal and not self.training:
-            past_key_values = TransNormerCache(self.config)
 
         layout = self._layout(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
+        is_packed = layout.cu_seqlens is not None
+        if past_key_values is None and use_cache and self.config.is_causal and not self.training and not is_packed:
+            past_key_values = TransNormerCache(self.config)
         states: list[Any] = [None] * len(self.layers)
         if past_key_values is not None:
             states = past_key_values.receive(layout, batch_size=inputs_embeds.shape[0])
-        is_packed = layout.cu_seqlens is not None
         positions = layout.positions.view(inputs_embeds.shape[:2]) if is_packed else layout.positions
         if position_ids is not None:
             positions = position_ids

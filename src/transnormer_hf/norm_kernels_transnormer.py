@@ -563,57 +563,67 @@ def _scan_backward_kernel(
     theta_grad = tl.zeros((BLOCK_K // 2,), tl.float32)
     in_tile = tl.arange(0, BLOCK_T)
     tiles = tl.cdiv(end - begin, BLOCK_T)
-    for tile in range(0, tiles):
-        start = begin + (tiles - 1 - tile) * BLOCK_T
+    for step in range(0, tiles):
+        start = begin + (tiles - 1 - step) * BLOCK_T
         rows = start + in_tile
         inside = rows < end
         keep = _keep_real(real_ptr, rows, inside)
-        query = _load_tile(query_ptr, rows, inside, query_row_stride, HEAD_DIM, BLOCK_K)
-        key = _load_tile(key_ptr, rows, keep, key_row_stride, HEAD_DIM, BLOCK_K)
-        value = _load_tile(value_ptr, rows, keep, value_row_stride, VALUE_DIM, BLOCK_V)
-        output_grad = _load_tile(output_grad_ptr, rows, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V)
         cos, sin = _rotation_of_tile(position + (start - begin), cos_in_tile, sin_in_tile, high, low, LRPE)
-        mapped_query = _map_tile(query, inside, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K)
-        mapped_key = _map_tile(key, keep, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K)
-        if not ONE_TILE:
-            state = tl.dot((-mapped_key).to(DOT), tl.trans(value.to(DOT)), state, input_precision=PRECISION)
-
-        scores = tl.dot(tl.trans(mapped_query.to(DOT)), mapped_key.to(DOT), input_precision=PRECISION)  # (queries, keys)
-        scores_grad = tl.dot(tl.trans(output_grad.to(DOT)), value.to(DOT), input_precision=PRECISION)
+        # Each gradient loads what it needs anew, from the cache: held in registers it all would not fit.
+        # dv
+        query = _load_tile(query_ptr, rows, inside, query_row_stride, HEAD_DIM, BLOCK_K)
+        query = _map_tile(query, inside, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K).to(DOT)
+        key = _load_tile(key_ptr, rows, keep, key_row_stride, HEAD_DIM, BLOCK_K)
+        key = _map_tile(key, keep, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K).to(DOT)
+        output_grad = _load_tile(output_grad_ptr, rows, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V)
+        scores = tl.dot(tl.trans(query), key, input_precision=PRECISION)  # (queries, keys)
         if CAUSAL:
             scores = tl.where(in_tile[:, None] >= in_tile[None, :], scores, 0.0)
-            scores_grad = tl.where(in_tile[:, None] >= in_tile[None, :], scores_grad, 0.0)
-
         value_grad = tl.dot(output_grad.to(WIDE), scores.to(WIDE), input_precision=PRECISION)  # (BLOCK_V, BLOCK_T)
         if STATE_GRAD:
             value_grad = tl.dot(
-                tl.trans(state_grad.to(WIDE)), mapped_key.to(WIDE), value_grad, input_precision=PRECISION
+                tl.trans(state_grad.to(WIDE)), key.to(WIDE), value_grad, input_precision=PRECISION
             )
         _store_tile(value_grad_ptr, value_grad, rows, inside, value_grad_row_stride, VALUE_DIM, BLOCK_V)
 
-        grad = tl.dot(mapped_key.to(WIDE), tl.trans(scores_grad.to(WIDE)), input_precision=PRECISION)  # (BLOCK_K, BLOCK_T)
-        if STATE:
-            grad = tl.dot(state.to(WIDE), output_grad.to(WIDE), grad, input_precision=PRECISION)
-        grad, theta_part = _map_tile_backward(
-            grad, query, mapped_query, cos, sin, householder, position + (start - begin), FEATURE_MAP, LRPE, BLOCK_T, BLOCK_K
-        )
-        theta_grad += theta_part
-        _store_tile(query_grad_ptr, grad, rows, inside, query_grad_row_stride, HEAD_DIM, BLOCK_K)
-
-        grad = tl.dot(mapped_query.to(WIDE), scores_grad.to(WIDE), input_precision=PRECISION)  # (BLOCK_K, BLOCK_T)
+        # dk; for padding k' and v are zero, and with them its gradients
+        value = _load_tile(value_ptr, rows, keep, value_row_stride, VALUE_DIM, BLOCK_V)
+        output_grad = _load_tile(output_grad_ptr, rows, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V)
+        scores_grad = tl.dot(tl.trans(output_grad.to(DOT)), value.to(DOT), input_precision=PRECISION)
+        if CAUSAL:
+            scores_grad = tl.where(in_tile[:, None] >= in_tile[None, :], scores_grad, 0.0)
+        scores_grad = scores_grad.to(WIDE)
+        grad = tl.dot(query.to(WIDE), scores_grad, input_precision=PRECISION)  # (BLOCK_K, BLOCK_T)
         if STATE_GRAD:
             grad = tl.dot(state_grad.to(WIDE), value.to(WIDE), grad, input_precision=PRECISION)
-        # rows of padding hold v = 0, yet (do v^T)^T is zero there too: their gradient is zero without a mask
+        tile = _load_tile(key_ptr, rows, keep, key_row_stride, HEAD_DIM, BLOCK_K)
         grad, theta_part = _map_tile_backward(
-            grad, key, mapped_key, cos, sin, householder, position + (start - begin), FEATURE_MAP, LRPE, BLOCK_T, BLOCK_K
-        )
+            grad, tile, key.to(tl.float32), cos, sin, householder, position + (start - begin),
+            FEATURE_MAP, LRPE, BLOCK_T, BLOCK_K,
+        )  # fmt: skip
         theta_grad += theta_part
         _store_tile(key_grad_ptr, grad, rows, inside, key_grad_row_stride, HEAD_DIM, BLOCK_K)
 
+        # dq
+        output_grad = _load_tile(output_grad_ptr, rows, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V)
+        grad = tl.dot(key.to(WIDE), tl.trans(scores_grad), input_precision=PRECISION)  # (BLOCK_K, BLOCK_T)
+        if not ONE_TILE:
+            value = _load_tile(value_ptr, rows, keep, value_row_stride, VALUE_DIM, BLOCK_V)
+            state = tl.dot(-key, tl.trans(value.to(DOT)), state, input_precision=PRECISION)
+        if STATE:
+            grad = tl.dot(state.to(WIDE), output_grad.to(WIDE), grad, input_precision=PRECISION)
+        tile = _load_tile(query_ptr, rows, inside, query_row_stride, HEAD_DIM, BLOCK_K)
+        grad, theta_part = _map_tile_backward(
+            grad, tile, query.to(tl.float32), cos, sin, householder, position + (start - begin),
+            FEATURE_MAP, LRPE, BLOCK_T, BLOCK_K,
+        )  # fmt: skip
+        theta_grad += theta_part
+        _store_tile(query_grad_ptr, grad, rows, inside, query_grad_row_stride, HEAD_DIM, BLOCK_K)
+
+        # dS
         if not ONE_TILE or initial_grad_ptr is not None:
-            state_grad = tl.dot(
-                mapped_query.to(DOT), tl.trans(output_grad.to(DOT)), state_grad, input_precision=PRECISION
-            )
+            output_grad = _load_tile(output_grad_ptr, rows, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V)
+            state_grad = tl.dot(query, tl.trans(output_grad.to(DOT)), state_grad, input_precision=PRECISION)
     if initial_grad_ptr is not None:
         exists = ((segment == first) & (sequence < num_states)).to(tl.int32)
         _store_state(initial_grad_ptr, state_grad, sequence, exists, head, heads, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)

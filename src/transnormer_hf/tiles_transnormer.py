@@ -1,0 +1,191 @@
+"""Tiles: the pieces of a sequence that the chunked attentions walk over, and what is done to queries and keys in them.
+
+What is computed on the way (mapped and rotated queries, scores, weights) is as long as a tile and stays in the cache.
+A tile is copied out of the inputs, which may be any views, in chunks (the blocks, in DiagAttention),
+
+    (chunks, rows · heads, chunk, head_dim)
+
+so that all products of a tile, and also those of one of its chunks, are one contiguous batch of small matrices.
+"""
+
+import math
+from collections.abc import Iterable
+from itertools import groupby, repeat
+from typing import NamedTuple
+
+import torch
+
+# In tokens. Long enough that calling torch costs little, short enough for the cache: on two cores with 32 MB the time
+# is flat from 256 to 1024 and longer outside.
+TILE_SIZE = 512
+
+
+class Span(NamedTuple):
+    """Tokens [begin, end) of some rows of the batch, in chunks of which the first may be shorter; and their states."""
+
+    rows: slice
+    begin: int
+    end: int
+    states: slice
+    first: int = 0
+
+    def tiles(self, tensors: tuple[torch.Tensor | None, ...], chunk: int) -> list[tuple[torch.Tensor | None, ...]]:
+        """The tiles of tensors (batch or 1, heads or 1, seq, channels), one tuple for each step of the walk.
+
+        A tile is a view (chunks, rows or 1, heads or 1, chunk, channels), and None for a tensor that is None.
+        """
+        first = min(self.first, self.end - self.begin)
+        last = (self.end - self.begin - first) % chunk
+        parts = [(first, first), (self.end - self.begin - first - last, chunk), (last, last)]
+        columns: list[Iterable[torch.Tensor | None]] = []
+        for tensor in tensors:
+            if tensor is None:
+                columns.append(repeat(None))
+                continue
+            if tensor.shape[0] > 1:
+                tensor = tensor[self.rows]
+            rows, heads, _, channels = tensor.shape
+            tiles: list[torch.Tensor] = []
+            begin = self.begin
+            for length, size in parts:
+                if length:
+                    part = tensor.narrow(2, begin, length).view(rows, heads, -1, size, channels)
+                    tiles += part.permute(2, 0, 1, 3, 4).split(max(TILE_SIZE // chunk, 1))
+                    begin += length
+            columns.append(tiles)
+        return list(zip(*columns))  # noqa: B905 (repeat has no end)
+
+
+def spans_of(
+    query: torch.Tensor, cu_seqlens: torch.Tensor | None, positions: torch.Tensor | None = None, block_size: int = 1
+) -> list[Span]:
+    """What can be walked together: each packed sequence and what lies behind the last one; otherwise as many rows of
+    the batch as fill a tile, if their blocks begin at the same places."""
+    batch_size, _, seq_len, _ = query.shape
+    if cu_seqlens is not None:
+        cuts = [*cu_seqlens.tolist(), seq_len]
+        spans = [Span(slice(0, 1), cuts[i], cuts[i + 1], slice(i, i + 1)) for i in range(len(cuts) - 1)]
+        if positions is None:
+            return spans
+        starts = (-positions % block_size).tolist()
+        return [span._replace(first=starts[span.begin]) for span in spans if span.begin < span.end]
+    starts = [0] * batch_size
+    if positions is not None:
+        starts = (-positions[..., 0] % block_size).expand(batch_size).tolist()
+    step = max(TILE_SIZE // max(seq_len, 1), 1)
+    spans = []
+    for first, group in groupby(range(batch_size), key=starts.__getitem__):
+        same = list(group)
+        for begin in range(same[0], same[-1] + 1, step):
+            rows = slice(begin, min(begin + step, same[-1] + 1))
+            spans.append(Span(rows, 0, seq_len, rows, first))
+    return spans
+
+
+def load(tile: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous copy of a tile."""
+    return torch.empty(tile.shape, dtype=dtype, device=tile.device).copy_(tile)
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left @ right` of contiguous (chunks, rows · heads, ., .) or their transposes, without a look at broadcasting."""
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(*left.shape[:-1], right.shape[-1])
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    total.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
+
+
+class Preparation(NamedTuple):
+    """`prepare_query_key` for tiles, in place: load, phi, LRPE, padding; and the gradients of these."""
+
+    dtype: torch.dtype
+    feature_map: str
+    householder: torch.Tensor | None
+    grad_householder: torch.Tensor | None = None
+
+    def values(self, tile: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+        if padding is not None:
+            return load(tile, self.dtype).masked_fill_(padding, 0).flatten(1, 2)
+        if len(tile) == 1:
+            return tile.to(self.dtype).flatten(1, 2)  # one chunk can be multiplied as it lies
+        return load(tile, self.dtype).flatten(1, 2)
+
+    def states(
+        self, tile: torch.Tensor, rotation: torch.Tensor | None, padding: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if self.feature_map == "identity" and rotation is None:
+            return self.values(tile, padding)
+        states = self.turn(self.map(load(tile, self.dtype)), rotation)
+        if padding is not None:
+            states.masked_fill_(padding, 0)
+        return states.flatten(1, 2)
+
+    def states_twice(
+        self, tile: torch.Tensor, rotation: torch.Tensor | None, padding: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states after phi, and at the end, for `backward`."""
+        mapped = self.map(load(tile, self.dtype))
+        states = mapped if rotation is None and padding is None else self.turn(mapped.clone(), rotation)
+        if padding is not None:
+            states.masked_fill_(padding, 0)
+        return mapped, states.flatten(1, 2)
+
+    def map(self, states: torch.Tensor) -> torch.Tensor:
+        """phi. 1 + elu(x) as exp(min(x, 0)) + max(x, 0) takes half the time of F.elu, and exp2 half that of exp."""
+        if self.feature_map == "identity":
+            return states
+        negative = (states * math.log2(math.e)).clamp_(max=0).exp2_()
+        states.clamp_(min=0).add_(negative)
+        return states if self.feature_map == "1+elu" else states.sub_(1)
+
+    def turn(self, states: torch.Tensor, rotation: torch.Tensor | None) -> torch.Tensor:
+        """LRPE by a tile of the table of rotations."""
+        if rotation is not None and self.householder is not None:
+            reflect(states, self.householder)
+            as_complex(states).mul_(rotation)
+        return states
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        mapped: torch.Tensor,
+        states: torch.Tensor,
+        rotation: torch.Tensor | None,
+        grad_rotation: torch.Tensor | None,
+        into: torch.Tensor,
+    ) -> None:
+        """The gradient of `states` back to that of the tile, which is stored there."""
+        grad = grad.view(into.shape)
+        if rotation is not None and self.householder is not None:
+            if grad_rotation is not None:
+                along = as_complex(states.view(into.shape)).conj_physical().mul_(as_complex(grad))
+                grad_rotation += along.sum_to_size(grad_rotation.shape)
+            as_complex(grad).mul_(rotation.conj())
+            if self.grad_householder is not None:
+                rows, grad_rows = mapped.flatten(0, -2), grad.flatten(0, -2)
+                self.grad_householder.addmv_(rows.T, grad_rows.mv(self.householder), alpha=-2)
+                self.grad_householder.addmv_(grad_rows.T, rows.mv(self.householder), alpha=-2)
+            reflect(grad, self.householder)
+        if self.feature_map != "identity":
+            # exp below zero, which is 1 + elu and its own derivative; above, 1 + elu is more than its derivative, 1
+            grad.mul_((mapped if self.feature_map == "1+elu" else mapped + 1).clamp(max=1))
+        into.copy_(grad)
+
+
+def reflect(states: torch.Tensor, householder: torch.Tensor) -> None:
+    rows = states.view(-1, states.shape[-1])
+    rows.addr_(rows.mv(householder), householder, alpha=-2)
+
+
+def as_complex(states: torch.Tensor) -> torch.Tensor:
+    """Channel pairs as complex numbers, a view. To rotate a pair is to multiply it by a number of modulus 1."""
+    return torch.view_as_complex(states.unflatten(-1, (-1, 2)))
+
+
+def rotation_table(angles: torch.Tensor | None) -> torch.Tensor | None:
+    return None if angles is None else torch.polar(torch.ones_like(angles), angles)
+
+
+def padding_of(is_real: torch.Tensor | None) -> torch.Tensor | None:
+    return None if is_real is None else ~is_real[:, None, :, None]  # (batch, 1, seq, 1)
