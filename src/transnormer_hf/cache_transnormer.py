@@ -62,9 +62,9 @@ class NewTokens(NamedTuple):
     places: (batch, tail) place in the current block of the last columns, `block_size` for tokens outside of it. The
         current block is the one where a row's last column stands.
     visible: (batch, 1, 1, block_size + 1) bool, places that the last column sees.
-    was_filled: (batch, block_size) bool, places of the block before this forward that hold a real token.
-    block_start: (batch, 1) position where that block began.
-    The last four are None in a model without DiagAttention.
+    past_places: (batch, block_size) places of the block in the state, so turned that it ends where the tokens begin.
+    joined: layout of these places and the tokens behind them, a row of block_size + seq columns padded on the left.
+    The last four are None in a model without DiagAttention, and the last two where there is nothing to continue.
     """
 
     layout: TokenLayout
@@ -72,8 +72,8 @@ class NewTokens(NamedTuple):
     are_recorded: bool
     places: torch.Tensor | None = None
     visible: torch.Tensor | None = None
-    was_filled: torch.Tensor | None = None
-    block_start: torch.Tensor | None = None
+    past_places: torch.Tensor | None = None
+    joined: TokenLayout | None = None
 
     @property
     def is_step(self) -> bool:
@@ -157,6 +157,12 @@ class DiagAttentionState(AttentionState):
         for name, new in (("keys", key), ("values", value)):
             new = new[:, :, -tail:].to(self.tensors[name].dtype)
             self.tensors[name].scatter_(2, tokens.places[:, None, :, None].expand_as(new), new)
+
+    def past(self, tokens: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the current block, to stand in front of new ones: (batch, heads, block_size, head_dim)."""
+        keys, values = self.tensors["keys"], self.tensors["values"]
+        places = tokens.past_places[:, None, :, None].expand(*keys.shape[:2], -1, keys.shape[3])
+        return keys.gather(2, places), values.gather(2, places)
 
     def attend(self, query: torch.Tensor, tokens: NewTokens, activation: str, scale: float) -> torch.Tensor:
         """DiagAttention of a query whose own token the state has: (batch, heads, 1, head_dim) to the same."""
@@ -285,12 +291,17 @@ class TransNormerCache(Cache):
 
     def _place(self, tokens: NewTokens, block_size: int) -> NewTokens:
         """Finds the tokens' places in the current block of each row, and moves on to that block."""
-        is_filled, last = self.rows["is_filled"], self.rows["lengths"][:, None] - 1  # position before the new tokens
+        is_filled, positions = self.rows["is_filled"], tokens.layout.positions
+        last = self.rows["lengths"][:, None] - 1  # (batch, 1) position before the new tokens
         begun = last - last % block_size
         if not tokens.are_first and not tokens.is_step:
-            tokens = tokens._replace(was_filled=is_filled[:, :block_size].clone(), block_start=begun.clamp(min=0))
+            within = positions - begun.clamp(min=0)  # (batch, seq) counted from where the current block began
+            past = within[:, :1] + torch.arange(-block_size, 0, device=within.device)  # (batch, block_size)
+            past_places = past.clamp(min=0)
+            is_real = torch.cat(((past >= 0) & is_filled.gather(1, past_places), _real_columns(tokens.layout)), 1)
+            tokens = tokens._replace(past_places=past_places, joined=TokenLayout(torch.cat((past, within), 1), is_real))
 
-        positions = tokens.layout.positions[:, -block_size:]  # no earlier column can stand in the current block
+        positions = positions[:, -block_size:]  # no earlier column can stand in the current block
         start = positions[:, -1:] - positions[:, -1:] % block_size  # (batch, 1)
         is_inside = positions >= start.clamp(min=0)
         if tokens.layout.is_real is not None:

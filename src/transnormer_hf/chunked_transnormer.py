@@ -282,10 +282,11 @@ def _save_norm_attention(ctx, inputs, output):
 
 def _norm_attention_backward(ctx, grad_output, grad_states):
     _, _, _, needs_angles, needs_householder, needs_initial_state, *_ = ctx.needs_input_grad
+    saved = ctx.saved_tensors  # asked for once: a checkpoint gives its tensors out once
     *grads, grad_angles, grad_householder, grad_states = norm_attention_walk_back(
-        grad_output, grad_states, *ctx.saved_tensors, ctx.causal, ctx.feature_map, needs_angles, needs_householder
+        grad_output, grad_states, *saved, ctx.causal, ctx.feature_map, needs_angles, needs_householder
     )
-    initial_state = ctx.saved_tensors[6]
+    initial_state = saved[6]
     return (
         *grads,
         grad_angles if needs_angles else None,

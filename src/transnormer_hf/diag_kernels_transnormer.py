@@ -46,6 +46,9 @@ except ImportError as error:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+SEQUENCES_AT_ONCE = tl.constexpr(64)
+
+
 @triton.jit
 def locate_tile(
     tile,
@@ -62,15 +65,14 @@ def locate_tile(
     the last one gets a first place at or after `end`.
     """
     if cu_seqlens_ptr is not None:
-        SEARCH: tl.constexpr = 64
         first = tl.full((), 0, tl.int64) + seq_len
         begin = first
         end = first
         tiles_before = tl.full((), 0, tl.int32)
         sequence = tl.full((), 0, tl.int32)
-        # Sequences are counted off 64 at a time. Tokens past the last boundary form a sequence of their own.
+        # Tokens past the last boundary form a sequence of their own.
         while (sequence <= num_sequences) & (tiles_before <= tile):
-            candidates = sequence + tl.arange(0, SEARCH)
+            candidates = sequence + tl.arange(0, SEQUENCES_AT_ONCE)
             begins = tl.load(cu_seqlens_ptr + candidates, mask=candidates <= num_sequences, other=seq_len).to(tl.int64)
             ends = tl.load(cu_seqlens_ptr + candidates + 1, mask=candidates < num_sequences, other=seq_len).to(tl.int64)
             begun = tl.load(positions_ptr + begins, mask=begins < ends, other=0) % block_size
@@ -82,7 +84,7 @@ def locate_tile(
             begin += tl.sum(tl.where(is_mine, begins - seq_len, 0), 0)
             end += tl.sum(tl.where(is_mine, ends - seq_len, 0), 0)
             tiles_before += tl.sum(tiles, 0)
-            sequence += SEARCH
+            sequence += SEQUENCES_AT_ONCE
     else:
         # positions are negative on leading padding, and % of a negative number has its sign
         begun = tl.load(positions_ptr).to(tl.int64) % block_size
@@ -881,7 +883,7 @@ def tile_sizes(target: str, dtype: str, head_dim: int) -> TileSizes:
     width = width_of(head_dim)
     if dtype == "fp32":
         return TileSizes(64, 64, 32) if width <= 64 else TileSizes(32, 32, 32)
-    return TileSizes(64, 128, 64) if width <= 64 else TileSizes(64, 64, 64)
+    return TileSizes(64, 64, 64)
 
 
 def diag_plan(

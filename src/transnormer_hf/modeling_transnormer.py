@@ -103,20 +103,28 @@ class TransNormerLRPE(nn.Module):
         return LRPE(self.theta, self.householder)
 
 
+class TransNormerProjection(nn.Linear):
+    """A projection of an attention; `gain` is that of its Xavier initialisation in the released decoder."""
+
+    def __init__(self, config: TransNormerConfig, gain: float):
+        super().__init__(config.hidden_size, config.hidden_size)
+        self.gain = gain
+
+
 class TransNormerAttention(nn.Module):
     """Projections, one of the two attentions, its norm, and the output projection.
 
     Subclasses say what happens between the projections: `attend` on (batch, heads, seq, head_dim).
     """
 
-    def __init__(self, config: TransNormerConfig, has_norm: bool):
+    def __init__(self, config: TransNormerConfig, has_norm: bool, gain: float = 1.0):
         super().__init__()
         self.config = config
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = TransNormerProjection(config, gain)
+        self.k_proj = TransNormerProjection(config, gain)
+        self.v_proj = TransNormerProjection(config, gain)
+        self.out_proj = TransNormerProjection(config, gain=1.0)
         self.lrpe = TransNormerLRPE(self.head_dim) if config.lrpe else None
         self.norm = make_norm(config.attention_norm_type if has_norm else "none", config)
 
@@ -190,7 +198,7 @@ class TransNormerNormAttention(TransNormerAttention):
     """NormAttention: Norm(phi(Q) (phi(K)^T V)), the norm over all heads together (Eqs. 13-14)."""
 
     def __init__(self, config: TransNormerConfig):
-        super().__init__(config, has_norm=True)
+        super().__init__(config, has_norm=True, gain=2**-0.5)
         self.options: dict[str, Any] = {"causal": config.is_causal, "feature_map": config.feature_map}
 
     def attend(self, query, key, value, layout, lrpe, state):
@@ -256,24 +264,16 @@ class TransNormerDiagAttention(TransNormerAttention):
             query, key = apply_lrpe(query, within_block, lrpe), apply_lrpe(key, within_block, lrpe)
         if state.tokens.are_first:
             output = diag_attention(query, key, value, **options, layout=layout, backend=self.config.backend)
-        else:
-            # The blocks of the new tokens begin with what the state holds: (batch, block_size + seq)
-            block_size, tokens = self.config.block_size, state.tokens
-            tensors, positions, is_real = state.state.tensors, tokens.layout.positions, tokens.layout.is_real
-            places = torch.arange(block_size, device=query.device).expand(query.shape[0], -1)
-            if is_real is None:
-                is_real = torch.ones_like(positions, dtype=torch.bool)
+        else:  # the blocks of the new tokens begin with what the state holds
+            block_size = self.config.block_size
+            past_key, past_value = state.state.past(state.tokens)
             output = diag_attention(
                 nn.functional.pad(query, (0, 0, block_size, 0)),
-                torch.cat((tensors["keys"][:, :, :block_size], key), 2),
-                torch.cat((tensors["values"][:, :, :block_size], value), 2),
+                torch.cat((past_key, key), 2),
+                torch.cat((past_value, value), 2),
                 **options,
-                layout=TokenLayout(
-                    positions=torch.cat((places, positions - tokens.block_start), 1),
-                    is_real=torch.cat((tokens.was_filled, is_real), 1),
-                ),
-                # the kernels take rows without the gap that may lie between the state and the new tokens
-                backend="eager" if self.config.backend == "eager" else "torch",
+                layout=state.tokens.joined,
+                backend=self.config.backend,
             )[:, :, block_size:]
         state.state.append(key, value, state.tokens)
         return output
@@ -436,20 +436,18 @@ class TransNormerPreTrainedModel(PreTrainedModel):
             self._init_as_released_decoder(module)
 
     def _init_as_released_decoder(self, module: nn.Module) -> None:
-        """Embeddings N(0, 1/sqrt(hidden_size)), Xavier-uniform attention, torch's default in the feed-forward."""
+        """Embeddings N(0, 1/sqrt(hidden_size)), Xavier-uniform attention, torch's default elsewhere; biases are zero.
+
+        It goes by modules that hold weights: transformers passes over the others where the code is not its own.
+        """
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=module.embedding_dim**-0.5)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, TransNormerAttention):
-            gain = 2**-0.5 if isinstance(module, TransNormerNormAttention) else 1.0
-            for projection in (module.q_proj, module.k_proj, module.v_proj):
-                init.xavier_uniform_(projection.weight, gain=gain)
-            init.xavier_uniform_(module.out_proj.weight)
-        elif isinstance(module, TransNormerFeedForward):
-            for child in module.children():
-                if isinstance(child, nn.Linear):
-                    init.kaiming_uniform_(child.weight, a=5**0.5)
+        elif isinstance(module, TransNormerProjection):
+            init.xavier_uniform_(module.weight, gain=module.gain)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
 
 
 @auto_docstring
@@ -613,7 +611,14 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         cache, implementation = model_kwargs.get("past_key_values"), generation_config.cache_implementation
         if cache is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-            model_kwargs["past_key_values"] = adopt_cache(cache, self.config)
+            cache = model_kwargs["past_key_values"] = adopt_cache(cache, self.config)
+            mask, seen = model_kwargs.get("attention_mask"), cache.get_seq_length()
+            length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            if length is not None and length <= seen:
+                raise ValueError(
+                    f"The input has {length} tokens and past_key_values has taken in {seen}: pass the whole sequence, or "
+                    "the new tokens with an attention_mask for the whole sequence."
+                )
         elif implementation == "quantized":
             raise ValueError(
                 'cache_implementation="quantized" has nothing to gain here: the state is of constant size and held in '

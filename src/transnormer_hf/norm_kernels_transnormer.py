@@ -79,17 +79,25 @@ def _head_of(tensor_ptr, batch, head, batch_stride, head_stride):
 
 
 @triton.jit
-def _load_tile(head_ptr, rows, keep, row_stride, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
-    """The tokens `rows` of a head, one per column: (CHANNELS, rows) float32, zeros for those not kept and beyond WIDTH."""
+def _load_tile(head_ptr, start, keep, row_stride, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Tokens start, start + 1, ... of a head, one per column: (CHANNELS, BLOCK_T) float32.
+
+    Zeros stand for the tokens that are not kept and for the channels beyond WIDTH. Only the tile's beginning is a
+    64-bit offset: one number for the program, where 64 bits for each element would cost it registers.
+    """
     channels = tl.arange(0, CHANNELS)
-    tile_ptr = head_ptr + rows.to(tl.int64)[None, :] * row_stride + channels[:, None]
+    offsets = tl.arange(0, BLOCK_T)[None, :] * row_stride + channels[:, None]
+    tile_ptr = head_ptr + start.to(tl.int64) * row_stride + offsets
     return tl.load(tile_ptr, mask=(channels < WIDTH)[:, None] & keep[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_tile(head_ptr, tile, rows, keep, row_stride, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
+def _store_tile(
+    head_ptr, tile, start, keep, row_stride, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr
+):
     channels = tl.arange(0, CHANNELS)
-    tile_ptr = head_ptr + rows.to(tl.int64)[None, :] * row_stride + channels[:, None]
+    offsets = tl.arange(0, BLOCK_T)[None, :] * row_stride + channels[:, None]
+    tile_ptr = head_ptr + start.to(tl.int64) * row_stride + offsets
     tl.store(tile_ptr, tile.to(head_ptr.dtype.element_ty), mask=(channels < WIDTH)[:, None] & keep[None, :])
 
 
@@ -135,14 +143,14 @@ def _store_state(
 
 @triton.jit
 def _load_lrpe(theta_ptr, householder_ptr, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
-    """theta as a fraction of a turn, (BLOCK_K / 2,) twice, and the reflection's vector, (BLOCK_K,)."""
+    """theta as a fraction of a turn, (BLOCK_K / 2,) twice, and the reflection's vector times sqrt(2), (BLOCK_K,)."""
     if theta_ptr is None:
         return 0, 0, 0
     else:
         pairs, columns = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K)
         high, low = turn_fraction(tl.load(theta_ptr + pairs, mask=pairs < HEAD_DIM // 2, other=0.0).to(tl.float32))
         householder = tl.load(householder_ptr + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)
-        return high, low, householder
+        return high, low, householder * 1.4142135623730951
 
 
 @triton.jit
@@ -186,8 +194,8 @@ def _join_pairs(even, odd, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _reflect(tile, householder):
-    """(I - 2 v v^T) on each column; its own inverse and gradient."""
-    return tile - 2 * householder[:, None] * tl.sum(tile * householder[:, None], 0)[None, :]
+    """(I - 2 v v^T) on each column, for sqrt(2) v; its own inverse and gradient."""
+    return tile - householder[:, None] * tl.sum(tile * householder[:, None], 0)[None, :]
 
 
 @triton.jit
@@ -277,11 +285,12 @@ def _state_kernel(
     position = _first_position(position_ptr, batch, position_batch_stride, begin, end)
 
     state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
-    for start in range(begin, end, BLOCK_T):
+    for step in range(0, tl.cdiv(end - begin, BLOCK_T)):
+        start = begin + step * BLOCK_T
         rows = start + tl.arange(0, BLOCK_T)
         keep = _keep_real(real_ptr, rows, rows < end)
-        key = _load_tile(key_ptr, rows, keep, key_row_stride, HEAD_DIM, BLOCK_K)
-        value = _load_tile(value_ptr, rows, keep, value_row_stride, VALUE_DIM, BLOCK_V)
+        key = _load_tile(key_ptr, start, keep, key_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
+        value = _load_tile(value_ptr, start, keep, value_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
         cos, sin = _rotation_of_tile(position + (start - begin), cos_in_tile, sin_in_tile, high, low, LRPE)
         key = _map_tile(key, keep, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K)
         state = tl.dot(key.to(DOT), tl.trans(value.to(DOT)), state, input_precision=PRECISION)
@@ -302,26 +311,27 @@ def _output_kernel(
     batch, sequence, begin, end, first, last = _find_segment(
         segment, table_ptr, segments_per_sequence, segment_length, seq_len
     )
-    query_ptr = _head_of(query_ptr, batch, head, query_batch_stride, query_head_stride)
-    output_ptr = _head_of(output_ptr, batch, head, output_batch_stride, output_head_stride)
-    high, low, householder = _load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
-    cos_in_tile, sin_in_tile = _rotation_in_tile(high, low, LRPE, BLOCK_T)
-    position = _first_position(position_ptr, batch, position_batch_stride, begin, end)
-
     state = _sum_of_states(
         partial_ptr, first, last, initial_ptr, sequence, num_states, head, heads, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V
     )
     exists = ((segment == first) & (sequence < num_states)).to(tl.int32)
     _store_state(state_ptr, state, sequence, exists, head, heads, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
     state = tl.trans(state.to(WIDE))  # (BLOCK_V, BLOCK_K)
-    for start in range(begin, end, BLOCK_T):
+    query_ptr = _head_of(query_ptr, batch, head, query_batch_stride, query_head_stride)
+    output_ptr = _head_of(output_ptr, batch, head, output_batch_stride, output_head_stride)
+    high, low, householder = _load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
+    cos_in_tile, sin_in_tile = _rotation_in_tile(high, low, LRPE, BLOCK_T)
+    position = _first_position(position_ptr, batch, position_batch_stride, begin, end)
+
+    for step in range(0, tl.cdiv(end - begin, BLOCK_T)):
+        start = begin + step * BLOCK_T
         rows = start + tl.arange(0, BLOCK_T)
         inside = rows < end
-        query = _load_tile(query_ptr, rows, inside, query_row_stride, HEAD_DIM, BLOCK_K)
+        query = _load_tile(query_ptr, start, inside, query_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
         cos, sin = _rotation_of_tile(position + (start - begin), cos_in_tile, sin_in_tile, high, low, LRPE)
         query = _map_tile(query, inside, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K)
         output = tl.dot(state, query.to(WIDE), input_precision=PRECISION)  # (BLOCK_V, BLOCK_T)
-        _store_tile(output_ptr, output, rows, inside, output_row_stride, VALUE_DIM, BLOCK_V)
+        _store_tile(output_ptr, output, start, inside, output_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -342,6 +352,9 @@ def _query_backward_kernel(
     batch, sequence, begin, end, first, last = _find_segment(
         segment, table_ptr, segments_per_sequence, segment_length, seq_len
     )
+    state = _sum_of_states(
+        None, 0, 0, state_ptr, sequence, num_states, head, heads, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V
+    ).to(WIDE)
     query_ptr = _head_of(query_ptr, batch, head, query_batch_stride, query_head_stride)
     query_grad_ptr = _head_of(query_grad_ptr, batch, head, query_grad_batch_stride, query_grad_head_stride)
     output_grad_ptr = _head_of(output_grad_ptr, batch, head, output_grad_batch_stride, output_grad_head_stride)
@@ -349,16 +362,14 @@ def _query_backward_kernel(
     cos_in_tile, sin_in_tile = _rotation_in_tile(high, low, LRPE, BLOCK_T)
     position = _first_position(position_ptr, batch, position_batch_stride, begin, end)
 
-    state = _sum_of_states(
-        None, 0, 0, state_ptr, sequence, num_states, head, heads, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V
-    ).to(WIDE)
     state_grad = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     theta_grad = tl.zeros((BLOCK_K // 2,), tl.float32)
-    for start in range(begin, end, BLOCK_T):
+    for step in range(0, tl.cdiv(end - begin, BLOCK_T)):
+        start = begin + step * BLOCK_T
         rows = start + tl.arange(0, BLOCK_T)
         inside = rows < end
-        query = _load_tile(query_ptr, rows, inside, query_row_stride, HEAD_DIM, BLOCK_K)
-        output_grad = _load_tile(output_grad_ptr, rows, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V)
+        query = _load_tile(query_ptr, start, inside, query_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
+        output_grad = _load_tile(output_grad_ptr, start, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
         cos, sin = _rotation_of_tile(position + (start - begin), cos_in_tile, sin_in_tile, high, low, LRPE)
         mapped = _map_tile(query, inside, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K)
         state_grad = tl.dot(mapped.to(DOT), tl.trans(output_grad.to(DOT)), state_grad, input_precision=PRECISION)
@@ -367,7 +378,7 @@ def _query_backward_kernel(
             grad, query, mapped, cos, sin, householder, position + (start - begin), FEATURE_MAP, LRPE, BLOCK_T, BLOCK_K
         )
         theta_grad += theta_part
-        _store_tile(query_grad_ptr, grad, rows, inside, query_grad_row_stride, HEAD_DIM, BLOCK_K)
+        _store_tile(query_grad_ptr, grad, start, inside, query_grad_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
     _store_state(partial_ptr, state_grad, segment, 1, head, heads, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
     if LRPE:
         _store_theta_gradient(theta_grad_ptr, theta_grad, segment, head, heads, HEAD_DIM, BLOCK_K)
@@ -393,6 +404,14 @@ def _key_value_backward_kernel(
     batch, sequence, begin, end, first, last = _find_segment(
         segment, table_ptr, segments_per_sequence, segment_length, seq_len
     )
+    state_grad = _sum_of_states(
+        partial_ptr, first, last, state_grad_ptr, sequence, num_states, head, heads,
+        HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+    )  # fmt: skip
+    if initial_grad_ptr is not None:
+        exists = ((segment == first) & (sequence < num_states)).to(tl.int32)
+        _store_state(initial_grad_ptr, state_grad, sequence, exists, head, heads, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
+    state_grad = state_grad.to(WIDE)
     key_ptr = _head_of(key_ptr, batch, head, key_batch_stride, key_head_stride)
     value_ptr = _head_of(value_ptr, batch, head, value_batch_stride, value_head_stride)
     key_grad_ptr = _head_of(key_grad_ptr, batch, head, key_grad_batch_stride, key_grad_head_stride)
@@ -403,31 +422,24 @@ def _key_value_backward_kernel(
     cos_in_tile, sin_in_tile = _rotation_in_tile(high, low, LRPE, BLOCK_T)
     position = _first_position(position_ptr, batch, position_batch_stride, begin, end)
 
-    state_grad = _sum_of_states(
-        partial_ptr, first, last, state_grad_ptr, sequence, num_states, head, heads,
-        HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
-    )  # fmt: skip
-    if initial_grad_ptr is not None:
-        exists = ((segment == first) & (sequence < num_states)).to(tl.int32)
-        _store_state(initial_grad_ptr, state_grad, sequence, exists, head, heads, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
-    state_grad = state_grad.to(WIDE)
     theta_grad = tl.zeros((BLOCK_K // 2,), tl.float32)
-    for start in range(begin, end, BLOCK_T):
+    for step in range(0, tl.cdiv(end - begin, BLOCK_T)):
+        start = begin + step * BLOCK_T
         rows = start + tl.arange(0, BLOCK_T)
         inside = rows < end
         keep = _keep_real(real_ptr, rows, inside)
-        key = _load_tile(key_ptr, rows, keep, key_row_stride, HEAD_DIM, BLOCK_K)
-        value = _load_tile(value_ptr, rows, keep, value_row_stride, VALUE_DIM, BLOCK_V)
+        key = _load_tile(key_ptr, start, keep, key_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
+        value = _load_tile(value_ptr, start, keep, value_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
         cos, sin = _rotation_of_tile(position + (start - begin), cos_in_tile, sin_in_tile, high, low, LRPE)
         mapped = _map_tile(key, keep, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K)
         value_grad = tl.dot(tl.trans(state_grad), mapped.to(WIDE), input_precision=PRECISION)  # (BLOCK_V, BLOCK_T)
-        _store_tile(value_grad_ptr, value_grad, rows, inside, value_grad_row_stride, VALUE_DIM, BLOCK_V)
+        _store_tile(value_grad_ptr, value_grad, start, inside, value_grad_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
         grad = tl.dot(state_grad, value.to(WIDE), input_precision=PRECISION)  # (BLOCK_K, BLOCK_T)
         grad, theta_part = _map_tile_backward(
             grad, key, mapped, cos, sin, householder, position + (start - begin), FEATURE_MAP, LRPE, BLOCK_T, BLOCK_K
         )
         theta_grad += theta_part
-        _store_tile(key_grad_ptr, grad, rows, inside, key_grad_row_stride, HEAD_DIM, BLOCK_K)
+        _store_tile(key_grad_ptr, grad, start, inside, key_grad_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
     if LRPE:
         _store_theta_gradient(theta_grad_ptr, theta_grad, segment, head, heads, HEAD_DIM, BLOCK_K)
 
@@ -458,6 +470,10 @@ def _scan_kernel(
     batch, sequence, begin, end, first, last = _find_segment(
         segment, table_ptr, segments_per_sequence, segment_length, seq_len
     )
+    state = _sum_of_states(
+        partial_ptr, first, segment, initial_ptr, sequence, num_states, head, heads,
+        HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
+    )  # fmt: skip
     query_ptr = _head_of(query_ptr, batch, head, query_batch_stride, query_head_stride)
     key_ptr = _head_of(key_ptr, batch, head, key_batch_stride, key_head_stride)
     value_ptr = _head_of(value_ptr, batch, head, value_batch_stride, value_head_stride)
@@ -468,18 +484,15 @@ def _scan_kernel(
     cos_in_tile, sin_in_tile = _rotation_in_tile(high, low, LRPE, BLOCK_T)
     position = _first_position(position_ptr, batch, position_batch_stride, begin, end)
 
-    state = _sum_of_states(
-        partial_ptr, first, segment, initial_ptr, sequence, num_states, head, heads,
-        HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
-    )  # fmt: skip
     in_tile = tl.arange(0, BLOCK_T)
-    for start in range(begin, end, BLOCK_T):
+    for step in range(0, tl.cdiv(end - begin, BLOCK_T)):
+        start = begin + step * BLOCK_T
         rows = start + in_tile
         inside = rows < end
         keep = _keep_real(real_ptr, rows, inside)
-        query = _load_tile(query_ptr, rows, inside, query_row_stride, HEAD_DIM, BLOCK_K)
-        key = _load_tile(key_ptr, rows, keep, key_row_stride, HEAD_DIM, BLOCK_K)
-        value = _load_tile(value_ptr, rows, keep, value_row_stride, VALUE_DIM, BLOCK_V)
+        query = _load_tile(query_ptr, start, inside, query_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
+        key = _load_tile(key_ptr, start, keep, key_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
+        value = _load_tile(value_ptr, start, keep, value_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
         cos, sin = _rotation_of_tile(position + (start - begin), cos_in_tile, sin_in_tile, high, low, LRPE)
         query = _map_tile(query, inside, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K)
         key = _map_tile(key, keep, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K)
@@ -491,7 +504,7 @@ def _scan_kernel(
             output = tl.dot(tl.trans(state.to(WIDE)), query.to(WIDE), output, input_precision=PRECISION)
         if not ONE_TILE or state_ptr is not None:
             state = tl.dot(key.to(DOT), tl.trans(value.to(DOT)), state, input_precision=PRECISION)
-        _store_tile(output_ptr, output, rows, inside, output_row_stride, VALUE_DIM, BLOCK_V)
+        _store_tile(output_ptr, output, start, inside, output_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
     if state_ptr is not None:
         exists = ((segment == last - 1) & (sequence < num_states)).to(tl.int32)
         _store_state(state_ptr, state, sequence, exists, head, heads, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
@@ -530,19 +543,6 @@ def _scan_backward_kernel(
     batch, sequence, begin, end, first, last = _find_segment(
         segment, table_ptr, segments_per_sequence, segment_length, seq_len
     )
-    query_ptr = _head_of(query_ptr, batch, head, query_batch_stride, query_head_stride)
-    key_ptr = _head_of(key_ptr, batch, head, key_batch_stride, key_head_stride)
-    value_ptr = _head_of(value_ptr, batch, head, value_batch_stride, value_head_stride)
-    output_grad_ptr = _head_of(output_grad_ptr, batch, head, output_grad_batch_stride, output_grad_head_stride)
-    query_grad_ptr = _head_of(query_grad_ptr, batch, head, query_grad_batch_stride, query_grad_head_stride)
-    key_grad_ptr = _head_of(key_grad_ptr, batch, head, key_grad_batch_stride, key_grad_head_stride)
-    value_grad_ptr = _head_of(value_grad_ptr, batch, head, value_grad_batch_stride, value_grad_head_stride)
-    if real_ptr is not None:
-        real_ptr += batch.to(tl.int64) * seq_len
-    high, low, householder = _load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
-    cos_in_tile, sin_in_tile = _rotation_in_tile(high, low, LRPE, BLOCK_T)
-    position = _first_position(position_ptr, batch, position_batch_stride, begin, end)
-
     if ONE_TILE:
         state = _sum_of_states(
             None, 0, 0, initial_ptr, sequence, num_states, head, heads, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V
@@ -560,10 +560,23 @@ def _scan_backward_kernel(
         grad_partial_ptr, segment + 1, last, state_grad_ptr, sequence, num_states, head, heads,
         HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V,
     )  # fmt: skip
+    query_ptr = _head_of(query_ptr, batch, head, query_batch_stride, query_head_stride)
+    key_ptr = _head_of(key_ptr, batch, head, key_batch_stride, key_head_stride)
+    value_ptr = _head_of(value_ptr, batch, head, value_batch_stride, value_head_stride)
+    output_grad_ptr = _head_of(output_grad_ptr, batch, head, output_grad_batch_stride, output_grad_head_stride)
+    query_grad_ptr = _head_of(query_grad_ptr, batch, head, query_grad_batch_stride, query_grad_head_stride)
+    key_grad_ptr = _head_of(key_grad_ptr, batch, head, key_grad_batch_stride, key_grad_head_stride)
+    value_grad_ptr = _head_of(value_grad_ptr, batch, head, value_grad_batch_stride, value_grad_head_stride)
+    if real_ptr is not None:
+        real_ptr += batch.to(tl.int64) * seq_len
+    high, low, householder = _load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
+    cos_in_tile, sin_in_tile = _rotation_in_tile(high, low, LRPE, BLOCK_T)
+    position = _first_position(position_ptr, batch, position_batch_stride, begin, end)
+
     theta_grad = tl.zeros((BLOCK_K // 2,), tl.float32)
     in_tile = tl.arange(0, BLOCK_T)
     tiles = tl.cdiv(end - begin, BLOCK_T)
-    for step in range(0, tiles):
+    for step in tl.range(0, tiles, disable_licm=True):
         start = begin + (tiles - 1 - step) * BLOCK_T
         rows = start + in_tile
         inside = rows < end
@@ -571,11 +584,11 @@ def _scan_backward_kernel(
         cos, sin = _rotation_of_tile(position + (start - begin), cos_in_tile, sin_in_tile, high, low, LRPE)
         # Each gradient loads what it needs anew, from the cache: held in registers it all would not fit.
         # dv
-        query = _load_tile(query_ptr, rows, inside, query_row_stride, HEAD_DIM, BLOCK_K)
+        query = _load_tile(query_ptr, start, inside, query_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
         query = _map_tile(query, inside, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K).to(DOT)
-        key = _load_tile(key_ptr, rows, keep, key_row_stride, HEAD_DIM, BLOCK_K)
+        key = _load_tile(key_ptr, start, keep, key_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
         key = _map_tile(key, keep, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K).to(DOT)
-        output_grad = _load_tile(output_grad_ptr, rows, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V)
+        output_grad = _load_tile(output_grad_ptr, start, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
         scores = tl.dot(tl.trans(query), key, input_precision=PRECISION)  # (queries, keys)
         if CAUSAL:
             scores = tl.where(in_tile[:, None] >= in_tile[None, :], scores, 0.0)
@@ -584,11 +597,11 @@ def _scan_backward_kernel(
             value_grad = tl.dot(
                 tl.trans(state_grad.to(WIDE)), key.to(WIDE), value_grad, input_precision=PRECISION
             )
-        _store_tile(value_grad_ptr, value_grad, rows, inside, value_grad_row_stride, VALUE_DIM, BLOCK_V)
+        _store_tile(value_grad_ptr, value_grad, start, inside, value_grad_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
 
         # dk; for padding k' and v are zero, and with them its gradients
-        value = _load_tile(value_ptr, rows, keep, value_row_stride, VALUE_DIM, BLOCK_V)
-        output_grad = _load_tile(output_grad_ptr, rows, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V)
+        value = _load_tile(value_ptr, start, keep, value_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
+        output_grad = _load_tile(output_grad_ptr, start, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
         scores_grad = tl.dot(tl.trans(output_grad.to(DOT)), value.to(DOT), input_precision=PRECISION)
         if CAUSAL:
             scores_grad = tl.where(in_tile[:, None] >= in_tile[None, :], scores_grad, 0.0)
@@ -596,33 +609,33 @@ def _scan_backward_kernel(
         grad = tl.dot(query.to(WIDE), scores_grad, input_precision=PRECISION)  # (BLOCK_K, BLOCK_T)
         if STATE_GRAD:
             grad = tl.dot(state_grad.to(WIDE), value.to(WIDE), grad, input_precision=PRECISION)
-        tile = _load_tile(key_ptr, rows, keep, key_row_stride, HEAD_DIM, BLOCK_K)
+        tile = _load_tile(key_ptr, start, keep, key_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
         grad, theta_part = _map_tile_backward(
             grad, tile, key.to(tl.float32), cos, sin, householder, position + (start - begin),
             FEATURE_MAP, LRPE, BLOCK_T, BLOCK_K,
         )  # fmt: skip
         theta_grad += theta_part
-        _store_tile(key_grad_ptr, grad, rows, inside, key_grad_row_stride, HEAD_DIM, BLOCK_K)
+        _store_tile(key_grad_ptr, grad, start, inside, key_grad_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
 
         # dq
-        output_grad = _load_tile(output_grad_ptr, rows, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V)
+        output_grad = _load_tile(output_grad_ptr, start, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
         grad = tl.dot(key.to(WIDE), tl.trans(scores_grad), input_precision=PRECISION)  # (BLOCK_K, BLOCK_T)
         if not ONE_TILE:
-            value = _load_tile(value_ptr, rows, keep, value_row_stride, VALUE_DIM, BLOCK_V)
+            value = _load_tile(value_ptr, start, keep, value_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
             state = tl.dot(-key, tl.trans(value.to(DOT)), state, input_precision=PRECISION)
         if STATE:
             grad = tl.dot(state.to(WIDE), output_grad.to(WIDE), grad, input_precision=PRECISION)
-        tile = _load_tile(query_ptr, rows, inside, query_row_stride, HEAD_DIM, BLOCK_K)
+        tile = _load_tile(query_ptr, start, inside, query_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
         grad, theta_part = _map_tile_backward(
             grad, tile, query.to(tl.float32), cos, sin, householder, position + (start - begin),
             FEATURE_MAP, LRPE, BLOCK_T, BLOCK_K,
         )  # fmt: skip
         theta_grad += theta_part
-        _store_tile(query_grad_ptr, grad, rows, inside, query_grad_row_stride, HEAD_DIM, BLOCK_K)
+        _store_tile(query_grad_ptr, grad, start, inside, query_grad_row_stride, HEAD_DIM, BLOCK_K, BLOCK_T)
 
         # dS
         if not ONE_TILE or initial_grad_ptr is not None:
-            output_grad = _load_tile(output_grad_ptr, rows, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V)
+            output_grad = _load_tile(output_grad_ptr, start, inside, output_grad_row_stride, VALUE_DIM, BLOCK_V, BLOCK_T)
             state_grad = tl.dot(query, tl.trans(output_grad.to(DOT)), state_grad, input_precision=PRECISION)
     if initial_grad_ptr is not None:
         exists = ((segment == first) & (sequence < num_states)).to(tl.int32)
@@ -652,8 +665,8 @@ def _step_kernel(
     keep = row == 0
     if real_ptr is not None:
         keep = tl.load(real_ptr + batch + row) != 0
-    query = _load_tile(_head_of(query_ptr, batch, head, query_batch_stride, query_head_stride), row, row == 0, 0, HEAD_DIM, BLOCK_K)
-    key = _load_tile(_head_of(key_ptr, batch, head, key_batch_stride, key_head_stride), row, keep, 0, HEAD_DIM, BLOCK_K)
+    query = _load_tile(_head_of(query_ptr, batch, head, query_batch_stride, query_head_stride), tl.program_id(0) * 0, row == 0, 0, HEAD_DIM, BLOCK_K, 1)
+    key = _load_tile(_head_of(key_ptr, batch, head, key_batch_stride, key_head_stride), tl.program_id(0) * 0, keep, 0, HEAD_DIM, BLOCK_K, 1)
     high, low, householder = _load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
     cos, sin = 0, 0
     if LRPE:

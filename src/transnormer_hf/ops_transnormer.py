@@ -9,6 +9,8 @@ Shapes are (batch, heads, seq, head_dim) throughout. Sums and states are float32
 float64 inputs), and outputs come back in the dtype of the inputs.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 
@@ -83,17 +85,18 @@ def norm_attention(
     run = {"eager": eager_norm_attention, "torch": chunked_norm_attention, "triton": triton_norm_attention}[
         resolve_backend(backend, query)
     ]
-    output, state = run(
-        query,
-        key,
-        value,
-        layout=layout,
-        causal=causal,
-        feature_map=feature_map,
-        lrpe=lrpe,
-        initial_state=initial_state,
-        return_state=return_state,
-    )
+    with _without_autocast(query.device):
+        output, state = run(
+            query,
+            key,
+            value,
+            layout=layout,
+            causal=causal,
+            feature_map=feature_map,
+            lrpe=lrpe,
+            initial_state=initial_state,
+            return_state=return_state,
+        )
     return output, state if return_state else None
 
 
@@ -202,18 +205,19 @@ def diag_attention(
     run = {"eager": eager_diag_attention, "torch": chunked_diag_attention, "triton": triton_diag_attention}[
         resolve_backend(backend, query)
     ]
-    return run(
-        query,
-        key,
-        value,
-        layout=layout,
-        block_size=block_size,
-        causal=causal,
-        activation=activation,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        lrpe=_check_lrpe(lrpe, query),
-        dropout_p=dropout_p,
-    )
+    with _without_autocast(query.device):
+        return run(
+            query,
+            key,
+            value,
+            layout=layout,
+            block_size=block_size,
+            causal=causal,
+            activation=activation,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            lrpe=_check_lrpe(lrpe, query),
+            dropout_p=dropout_p,
+        )
 
 
 def eager_diag_attention(
@@ -304,6 +308,13 @@ def resolve_backend(backend: str, query: torch.Tensor) -> str:
     if backend != "auto":
         return backend
     return "triton" if query.is_cuda and triton_norm_attention is not None else "torch"
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """Sums stay in float32: autocast would take the products back to half precision."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _layout_of(
