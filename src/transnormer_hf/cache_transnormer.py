@@ -372,7 +372,7 @@ class TransNormerCache(Cache):
             state.recorded = []
 
     def reset(self) -> None:
-        """Back to the beginning; a compileable cache keeps its tensors where they are."""
+        """Back to the beginning; the tensors stay where they are, for a compiled step."""
         self.has_begun = False
         self.seen.zero_()
         self._forget()
