@@ -1,0 +1,128 @@
+"""scripts/compile_kernels.py: what it compiles, what it reports, and what it calls a failure."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compile_kernels
+
+SCRIPT = Path(compile_kernels.__file__)
+ROW = {
+    "kernel": "diag_tile_forward", "target": "sm_86", "config": {"variant": "tile 64", "num_warps": 4, "num_stages": 1},
+    "dtype": "bf16", "head_dim": 64, "registers": 128, "spill_bytes": 0, "shared_bytes": 8192, "tensor_core": True,
+    "has_dot": True,
+}  # fmt: skip
+
+
+def run_script(*arguments):
+    """In a process of its own: here the kernels are the interpreter's."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # which the script must not fall for
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--workers", "1", *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+def report_of(tmp_path, *arguments):
+    output = tmp_path / "report.json"
+    process = run_script("--output", str(output), *arguments)
+    assert output.exists(), process.stderr
+    return process, json.loads(output.read_text())["kernels"]
+
+
+@pytest.mark.parametrize(("kernel", "variant"), [("diag_tile_forward", "no lrpe"), ("norm_state", "identity")])
+def test_subset_for_all_default_targets(tmp_path, kernel, variant):
+    process, rows = report_of(
+        tmp_path, "--kernels", kernel, "--variants", variant, "--dtypes", "bf16", "--head_dims", "32"
+    )
+    assert process.returncode == 0, process.stdout
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "gfx942"}
+    for row in rows:
+        assert row["kernel"].startswith(kernel)
+        assert row["spill_bytes"] == 0
+        assert row["registers"] > 0
+        assert row["tensor_core"] is True
+        assert (row["dtype"], row["head_dim"]) == ("bf16", 32)
+        assert row["config"]["num_warps"] in (1, 2, 4, 8)
+    assert kernel in process.stdout
+    assert f"{len(rows)}/{len(rows)}" in process.stderr  # the progress bar
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_everything_that_ships(tmp_path, target):
+    process, rows = report_of(tmp_path, "--targets", target)
+    assert process.returncode == 0, process.stdout[-3000:]
+    assert all(row["tensor_core"] for row in rows if row["has_dot"])
+
+
+def test_every_kernel_is_listed():
+    """For each target, dtype and head_dim, in variants that a launch could ask for."""
+    jobs = list(compile_kernels.list_jobs(["sm_90"], ["bf16"], [64]))
+    assert {job.kernel for job in jobs} == {spec.name for spec in compile_kernels.KERNELS}
+    assert len(set(jobs)) == len(jobs)
+
+
+def test_problems():
+    assert compile_kernels.problems(ROW) == []
+    assert "spills 8 bytes" in compile_kernels.problems({**ROW, "spill_bytes": 8})[0]
+    assert "shared memory" in compile_kernels.problems({**ROW, "shared_bytes": 120 * 1024})[0]
+    assert compile_kernels.problems({**ROW, "target": "sm_90", "shared_bytes": 120 * 1024}) == []
+    assert "does not compile" in compile_kernels.problems({**ROW, "error": "CompilationError: ..."})[0]
+
+
+def test_failure_is_the_exit_status(tmp_path, monkeypatch, capsys):
+    class Here:
+        """A pool that is this process."""
+
+        def __init__(self, workers):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        map = staticmethod(map)
+
+    monkeypatch.setattr(compile_kernels, "ProcessPoolExecutor", Here)
+    arguments = ["--targets", "sm_86", "--kernels", "diag_table", "--output", str(tmp_path / "report.json")]
+    for spill_bytes, status in ((0, 0), (16, 1)):
+        monkeypatch.setattr(
+            compile_kernels, "compile_job", lambda job, spill=spill_bytes: {**ROW, "spill_bytes": spill}
+        )
+        assert compile_kernels.main(arguments) == status
+    assert "spills 16 bytes" in capsys.readouterr().out
+
+
+def test_amd_metadata():
+    assembly = "\n".join(
+        (
+            "    .private_segment_fixed_size: 0",
+            "    .sgpr_spill_count: 3",
+            "    .vgpr_count:     128",
+            "    .vgpr_spill_count: 2",
+        )
+    )
+    assert compile_kernels.read_amdgcn(assembly) == (128, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--targets", "sm_75"], ["--targets=sm_75", "sm_80", "gfx942"]),
+        (["--targets", ""], ["nothing", "sm_80"]),
+        (["--dtypes", "fp8"], ["fp8", "bf16"]),
+        (["--head_dims", "12"], ["12", "8", "256"]),
+        (["--output", "/nowhere/report.json"], ["/nowhere", "create it first"]),
+    ],
+)
+def test_wrong_arguments_say_what_works(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        compile_kernels.parse_arguments(arguments)
+    message = capsys.readouterr().err
+    assert all(word in message for word in words)
