@@ -5,15 +5,19 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transnormer_hf import chunked_transnormer, ops_transnormer
 from transnormer_hf.features_transnormer import token_layout
 from transnormer_hf.ops_transnormer import diag_attention, norm_attention
+from transnormer_hf.tiles_transnormer import must_align
 
 # Around the chunk of 64 and the tile of 512 tokens.
 LENGTHS = [1, 7, 63, 64, 65, 130, 300, 600]
@@ -133,6 +137,54 @@ def test_diag_attention_equals_its_definition(seq_len, kind, causal, activation,
         grads = torch.autograd.grad(output, [query, key, value, *(lrpe or ())], grad_output)
         results.append([output * is_defined[:, None, :, None], *grads])
     assert_all_close(*results)
+
+
+class _WatchReads(TorchDispatchMode):
+    """Counts the values that the host asks a tensor for."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("kind", ["whole", "masked", "continued"])
+@pytest.mark.parametrize("activation", ["softmax", "relu"])
+def test_off_the_cpu_positions_are_not_read_by_the_host(monkeypatch, activation, kind, causal):
+    """Which would make it wait for the device in every layer. The CPU plays the device here."""
+    batch_size, layout, _, is_defined = layout_of(kind, 130)
+    inputs = [*projections(batch_size, 130), *rotation()]
+    grad_output = torch.randn_like(inputs[0]) * is_defined[:, None, :, None]
+    results = []
+    for aligns in (False, True):
+        monkeypatch.setattr(chunked_transnormer, "must_align", lambda positions, cu_seqlens, aligns=aligns: aligns)
+        torch.manual_seed(3)
+        refusal = patch.object(torch.Tensor, "tolist", side_effect=AssertionError) if aligns else nullcontext()
+        with refusal, _WatchReads() as watch:
+            output = diag_attention(
+                *inputs[:3],
+                block_size=16,
+                causal=causal,
+                activation=activation,
+                lrpe=tuple(inputs[3:]),
+                # the columns of a block that was begun earlier are numbered differently
+                dropout_p=0.0 if kind == "continued" else 0.25,
+                backend="torch",
+                layout=layout,
+            )
+            grads = torch.autograd.grad(output, inputs, grad_output)
+        assert not (aligns and watch.reads)
+        results.append([output * is_defined[:, None, :, None], *grads])
+    assert_all_close(*results)
+
+
+def test_only_off_the_cpu_rows_are_aligned():
+    positions = torch.arange(5)
+    assert not must_align(positions, None)
+    assert must_align(positions.to("meta"), None)
+    assert not must_align(positions.to("meta"), torch.tensor([0, 5]))
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 600])
@@ -277,6 +329,7 @@ def test_slices_of_one_merged_projection_are_taken_as_they_are():
         assert_all_close(*results)
 
 
+@pytest.mark.slow
 def test_memory_of_a_training_step_is_linear_and_at_most_three_times_inputs_and_outputs():
     """The peak of a process of its own, on top of what a short sequence needs there."""
     program = """
@@ -304,6 +357,7 @@ for seq_len in (1024, 8192, 16384):
     assert whole - half <= 3 * inputs_and_output * 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_attentions_compile_and_export_as_one_graph_for_all_lengths(causal):
     class Attentions(torch.nn.Module):
@@ -345,7 +399,7 @@ def test_operators_keep_the_rules_of_torch(causal):
     theta, householder = rotation()
     angles = (torch.arange(70)[:, None] * theta.detach())[None, None].requires_grad_()
     mask = torch.ones(2, 70, dtype=torch.bool)
-    norm = (query, key, value, angles, householder, None, mask, None, causal, "elu")
+    norm = (query, key, value, angles, householder, None, mask, None, causal, "elu", True, True)
     torch.library.opcheck(chunked_transnormer.norm_attention_walk, norm, test_utils=OPCHECKS)
     diag = (query, key, value, angles[0, 0, :16], householder, None, torch.arange(70), mask, None)
     diag = (*diag, 16, causal, "softmax", 0.5, 0.0)
@@ -368,9 +422,9 @@ def test_the_file_can_be_loaded_twice_in_one_process():
         second = importlib.import_module(f"{name}.chunked_transnormer")
         assert second.norm_attention_walk is not chunked_transnormer.norm_attention_walk
         query, key, value = projections(1, 70)
-        arguments = (query, key, value, None, None, None, None, None, True, "elu")
+        arguments = (query, key, value, None, None, None, None, None, True, "elu", True, True)
         for module in (second, chunked_transnormer):
-            output, _ = module.norm_attention_walk(*arguments)
+            output, *_ = module.norm_attention_walk(*arguments)
             output.sum().backward()
     finally:
         for loaded in [module for module in sys.modules if module.startswith(name)]:

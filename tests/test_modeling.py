@@ -570,7 +570,7 @@ class TestCompile:
 
     def test_packed_sequences(self):
         inputs = {"input_ids": make_ids(1, 12), "cu_seq_lens_q": torch.tensor([0, 5, 12], dtype=torch.int32)}
-        compile_and_compare(compilable(TransNormerModel, is_training=True), [inputs], backend="aot_eager")
+        compile_and_compare(compilable(TransNormerModel, is_training=True), [inputs], backend="eager")
 
     def test_position_ids_that_would_have_to_be_searched_are_refused(self):
         compiled = torch.compile(compilable(TransNormerModel, is_training=False), fullgraph=True, backend="eager")

@@ -496,7 +496,7 @@ WRONG = [
     ({"initial_state": states(1, 2, 4, 4)}, "norm", "these inputs need (2, 2, 4, 4)"),
     ({"activation": "gelu"}, "diag", "activation='gelu' is not known; choose one of 'softmax', 'relu'"),
     ({"block_size": 0}, "diag", "block_size=0: a block has at least 1 token"),
-    ({"dropout_p": 1.5}, "diag", "dropout"),
+    ({"dropout_p": 1.5}, "diag", "dropout_p=1.5 must be a probability, from 0 to 1"),
 ]
 
 

@@ -6,7 +6,8 @@ Both walk over the sequence in tiles (`tiles_transnormer.py`), and the backward 
 recomputes what it needs, so that apart from inputs, outputs and states nothing is as long as the sequence.
 
 The number of steps of a walk is known at run time only. torch.compile and torch.export therefore see each walk as one
-operator, a `torch.library.custom_op`, and its gradient as another.
+operator, a `torch.library.custom_op`, and its gradient as another. Outside of them the same functions are called
+through a `torch.autograd.Function`, which takes less time to reach them.
 """
 
 import functools
@@ -16,13 +17,27 @@ from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .features_transnormer import LRPE, TokenLayout, compute_dtype, prepare_query_key, rotation_angles, zero_padding
-from .tiles_transnormer import TILE_SIZE, Preparation, add_product, padding_of, product, rotation_table, spans_of
+from .tiles_transnormer import (
+    TILE_SIZE,
+    Alignment,
+    Preparation,
+    Span,
+    add_product,
+    must_align,
+    padding_of,
+    product,
+    rotation_table,
+    spans_of,
+)
 
 # A shorter chunk has fewer scores (4 · chunk · head_dim FLOP per token, states take 4 · head_dim^2), but products of
 # 32 x 32 matrices run at two thirds of the speed of 64 x 64.
 CHUNK_SIZE = 64
+# Up to here the whole sequence is one chunk.
+LONGEST_CHUNK = 128
 
 # One file loaded twice, as the package and as remote code from the Hub, defines its operators under two names.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
@@ -33,10 +48,20 @@ def without_autocast(walk: Callable) -> Callable:
 
     @functools.wraps(walk)
     def run(query_or_grad: torch.Tensor, *args: Any) -> Any:
-        with torch.autocast(query_or_grad.device.type, enabled=False):
+        device = query_or_grad.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return walk(query_or_grad, *args)
+        with torch.autocast(device, enabled=False):
             return walk(query_or_grad, *args)
 
     return run
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether somebody records what is done here, or there are no numbers: then the walks must be operators."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_meta:
+        return True
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def chunked_norm_attention(
@@ -65,9 +90,11 @@ def chunked_norm_attention(
         angles = rotation_angles(layout.positions, lrpe.theta.to(wide))  # (seq, head_dim / 2) or (batch, ...)
         angles = angles[None, None] if angles.dim() == 2 else angles[:, None]
         householder = lrpe.householder.to(wide)
-    output, states = norm_attention_walk(
-        query, key, value, angles, householder, initial_state, layout.is_real, layout.cu_seqlens, causal, feature_map
-    )
+    tensors = (query, key, value, angles, householder, initial_state)
+    needs_starts = causal and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    options = (causal, feature_map, return_state, needs_starts)
+    attend = norm_attention_walk if is_traced(query) else NormAttention.apply
+    output, states, _ = attend(*tensors, layout.is_real, layout.cu_seqlens, *options)
     return output, states if layout.cu_seqlens is None else states[:-1]
 
 
@@ -93,7 +120,8 @@ def chunked_diag_attention(
         householder = lrpe.householder.to(wide)
     if dropout_p > 0:
         kept = torch.rand(*query.shape[:3], block_size, device=query.device) >= dropout_p
-    return diag_attention_walk(
+    attend = diag_attention_walk if is_traced(query) else DiagAttention.apply
+    return attend(
         query,
         key,
         value,
@@ -111,9 +139,8 @@ def chunked_diag_attention(
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::chunked_norm_attention", mutates_args=())
 @without_autocast
-def norm_attention_walk(
+def walk_norm_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -124,28 +151,56 @@ def norm_attention_walk(
     cu_seqlens: torch.Tensor | None,
     causal: bool,
     feature_map: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and the states after the last tokens. angles: (batch or 1, 1, seq, head_dim / 2)."""
-    prepare = Preparation(compute_dtype(query.dtype), feature_map, householder)
+    needs_state: bool,
+    needs_starts: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output, the states after the last tokens, and those in front of each tile but the first, for the gradient.
+
+    angles: (batch or 1, 1, seq, head_dim / 2). Causal states are left unfinished unless `needs_state`.
+    """
     output, states = torch.empty_like(value), first_states(query, value, initial_state, cu_seqlens)
+    starts = empty_starts(states, query, cu_seqlens, needs_starts)
+    if not causal and is_plain(query, angles, is_real, cu_seqlens, feature_map):
+        for q, k, v, out, state in zip(query, key, value, output, states, strict=True):
+            for key_tile, value_tile in zip(k.split(TILE_SIZE, 1), v.split(TILE_SIZE, 1), strict=True):
+                state.baddbmm_(key_tile.mT, value_tile)
+            for query_tile, output_tile in zip(q.split(TILE_SIZE, 1), out.split(TILE_SIZE, 1), strict=True):
+                torch.bmm(query_tile, state, out=output_tile)
+        return output, states, starts
+    prepare = Preparation(compute_dtype(query.dtype), feature_map, householder)
     tensors = (query, key, value, output, rotation_table(angles), padding_of(is_real))
     for span in spans_of(query, cu_seqlens):
         state = states[span.states].flatten(0, 1)  # (rows · heads, head_dim, head_dim); all sums go into it in place
-        tiles = span.tiles(tensors, CHUNK_SIZE if causal else TILE_SIZE)
+        tiles = span.tiles(tensors, chunk_of(span) if causal else TILE_SIZE)
         if not causal:
             for _, key_tile, value_tile, _, rotation, padding in tiles:
                 k, v = prepare.states(key_tile, rotation, padding), prepare.values(value_tile, padding)
                 state.baddbmm_(k[0].mT, v[0])
-        for query_tile, key_tile, value_tile, output_tile, rotation, padding in tiles:
+        for number, (query_tile, key_tile, value_tile, output_tile, rotation, padding) in enumerate(tiles):
             q = prepare.states(query_tile, rotation)
             if causal:
+                if needs_starts and number:
+                    start_of(starts, span, number, cu_seqlens).copy_(state)
                 k, v = prepare.states(key_tile, rotation, padding), prepare.values(value_tile, padding)
                 out = product(product(q, k.mT).tril_(), v)
-                add_product(out, q, states_before(state, k, v))
+                goes_on = needs_state or number < len(tiles) - 1
+                add_states(out, q, state, k, v, number > 0 or initial_state is not None, goes_on)
             else:
                 out = torch.bmm(q[0], state)
             output_tile.copy_(out.view(output_tile.shape))
-    return output, states
+    return output, states, starts
+
+
+def is_plain(query, angles, is_real, cu_seqlens, feature_map):
+    """Nothing happens to the tokens before they are multiplied, so that they can be where they lie."""
+    if angles is not None or is_real is not None or cu_seqlens is not None or feature_map != "identity":
+        return False
+    return query.dtype == compute_dtype(query.dtype) and query.shape[2] >= CHUNK_SIZE  # shorter rows go together
+
+
+def chunk_of(span: Span) -> int:
+    length = span.end - span.begin
+    return length if length <= LONGEST_CHUNK else CHUNK_SIZE
 
 
 def first_states(query, value, initial_state, cu_seqlens):
@@ -157,27 +212,75 @@ def first_states(query, value, initial_state, cu_seqlens):
     return states
 
 
-def states_before(state: torch.Tensor, k: torch.Tensor, v: torch.Tensor, backwards: bool = False) -> torch.Tensor:
+def empty_starts(states, query, cu_seqlens, needs_starts):
+    """Room for the states in front of tiles, (tiles, rows, heads, head_dim, head_dim): one per 512 tokens, which is
+    head_dim / 2048 of inputs and outputs, and one more because the last two tiles may be short. (What is not written
+    to takes no memory, and a count that is never 1 lets torch.export take lengths below and above 512 alike.)"""
+    count = 0
+    if needs_starts:
+        count = query.shape[2] // TILE_SIZE + (2 if cu_seqlens is None else cu_seqlens.shape[0] + 1)
+    return states.new_empty(count, query.shape[0], *states.shape[1:])
+
+
+def start_of(starts: torch.Tensor, span: Span, number: int, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """The place for the state in front of tile `number` > 0 of a span."""
+    before = 0 if cu_seqlens is None else span.begin // TILE_SIZE + span.states.start
+    return starts[before + number - 1, span.rows].flatten(0, 1)
+
+
+def add_states(
+    total: torch.Tensor,
+    queries: torch.Tensor,
+    state: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    has_begun: bool,
+    goes_on: bool,
+) -> None:
+    """`total` += queries times the state that each chunk meets; `state` moves on in place.
+
+    has_begun: False where the state is zero; goes_on: False where nobody needs it behind this tile.
+    """
+    if has_begun:
+        add_product(total, queries, states_before(state, k, v, goes_on))
+    elif len(k) > 1:  # the first chunk meets nothing
+        add_product(total[1:], queries[1:], states_before(state, k, v, goes_on)[1:])
+    elif goes_on:
+        state.baddbmm_(k[0].mT, v[0])
+
+
+def states_before(
+    state: torch.Tensor, k: torch.Tensor, v: torch.Tensor, goes_on: bool, backwards: bool = False
+) -> torch.Tensor:
     """The state each chunk of a tile meets, (chunks, rows · heads, head_dim, head_dim); `state` moves on in place."""
     before = state.new_empty(len(k), *state.shape)
     steps = list(zip(before, k.mT, v, strict=True))
-    for state_before, key_chunk, value_chunk in reversed(steps) if backwards else steps:
+    if backwards:
+        steps.reverse()
+    for number, (state_before, key_chunk, value_chunk) in enumerate(steps, 1):
         state_before.copy_(state)
-        state.baddbmm_(key_chunk, value_chunk)
+        if goes_on or number < len(steps):
+            state.baddbmm_(key_chunk, value_chunk)
     return before
 
 
+norm_attention_walk = torch.library.custom_op(
+    f"{NAMESPACE}::chunked_norm_attention", walk_norm_attention, mutates_args=()
+)
+
+
 @norm_attention_walk.register_fake
-def _(query, key, value, angles, householder, initial_state, is_real, cu_seqlens, causal, feature_map):
-    return torch.empty_like(value), first_states(query, value, None, cu_seqlens)
+def _(query, key, value, angles, householder, initial_state, is_real, cu_seqlens, *options):
+    states = first_states(query, value, None, cu_seqlens)
+    return torch.empty_like(value), states, empty_starts(states, query, cu_seqlens, options[-1])
 
 
-@torch.library.custom_op(f"{NAMESPACE}::chunked_norm_attention_backward", mutates_args=())
 @without_autocast
-def norm_attention_walk_back(
+def walk_norm_attention_back(
     grad_output: torch.Tensor,
-    grad_states: torch.Tensor,
+    grad_states: torch.Tensor | None,
     states: torch.Tensor,
+    starts: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -190,21 +293,43 @@ def norm_attention_walk_back(
     feature_map: str,
     needs_angles: bool,
     needs_householder: bool,
+    needs_initial_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value, angles and householder (empty where not needed), and of the first states."""
+    """Gradients of query, key, value, angles and householder (empty where not needed), and of the first states (left
+    unfinished where not needed)."""
+    grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+    has_end = grad_states is not None
+    if grad_states is None:
+        grad_states = torch.zeros_like(states, memory_format=torch.contiguous_format)
+    else:
+        grad_states = grad_states.clone(memory_format=torch.contiguous_format)
+    if not causal and is_plain(query, angles, is_real, cu_seqlens, feature_map):
+        rows = (query, key, value, grad_output, *grads, states, grad_states)
+        for *row, state, grad_state in zip(*rows, strict=True):
+            tiles = list(zip(*(tensor.split(TILE_SIZE, 1) for tensor in row), strict=True))
+            for q, _, _, do, dq, _, _ in tiles:
+                grad_state.baddbmm_(q.mT, do)
+                torch.bmm(do, state.mT, out=dq)
+            for _, k, v, _, _, dk, dv in tiles:
+                torch.bmm(v, grad_state.mT, out=dk)
+                torch.bmm(k, grad_state, out=dv)
+        return grads[0], grads[1], grads[2], query.new_empty(0), query.new_empty(0), grad_states
     rotation = rotation_table(angles)
     grad_rotation = torch.zeros_like(rotation) if needs_angles else None
     grad_householder = torch.zeros_like(householder) if needs_householder else None
     prepare = Preparation(compute_dtype(query.dtype), feature_map, householder, grad_householder)
-    grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-    grad_states = grad_states.clone(memory_format=torch.contiguous_format)
     if causal:
         states = first_states(query, value, initial_state, cu_seqlens)
     tensors = (query, key, value, grad_output, *grads, rotation, grad_rotation, padding_of(is_real))
     for span in spans_of(query, cu_seqlens):
         state, grad_state = states[span.states].flatten(0, 1), grad_states[span.states].flatten(0, 1)
         if causal:
-            scan_back(prepare, span.tiles(tensors, CHUNK_SIZE), state, grad_state)
+            tiles = span.tiles(tensors, chunk_of(span))
+            for number in reversed(range(len(tiles))):
+                before = start_of(starts, span, number, cu_seqlens).clone() if number else state
+                has_begun, goes_on = number > 0 or initial_state is not None, number > 0 or needs_initial_state
+                has_grad = has_end or number < len(tiles) - 1
+                scan_back(prepare, tiles[number], before, grad_state, has_begun, has_grad, goes_on)
         else:
             sum_back(prepare, span.tiles(tensors, TILE_SIZE), state, grad_state)
     return *grads, *grads_or_empty(grad_rotation, grad_householder, query), grad_states
@@ -224,79 +349,86 @@ def sum_back(prepare, tiles, state, grad_state):
         grad_value.copy_(torch.bmm(k[0], grad_state).view(grad_value.shape))
 
 
-def scan_back(prepare, tiles, state, grad_state):
-    """Causal: dQ needs the state before each token, dK and dV the gradient of the states behind it.
+def scan_back(prepare, tile, state, grad_state, has_begun, has_grad, goes_on):
+    """Causal, one tile, on the way from the last to the first: dQ needs the state before each token, dK and dV the
+    gradient of the states behind it.
 
-    The states are summed up forwards once more, and the one in front of each tile is kept for the way back. Taking
-    k^T v off the last state again, instead of the first pass, would lose digits.
+    The state in front of the tile was kept by the forward walk: to take k^T v off the last state would lose digits.
+    has_begun and has_grad: False where the state in front and the gradient behind are zero; goes_on: as in
+    `add_states`, for the gradient.
     """
-    starts = []
-    for _, key_tile, value_tile, *_, rotation, _, padding in tiles:
-        starts.append(state.clone())
-        k, v = prepare.states(key_tile, rotation, padding), prepare.values(value_tile, padding)
-        for key_chunk, value_chunk in zip(k.mT, v, strict=True):
-            state.baddbmm_(key_chunk, value_chunk)
-    for state, tile in zip(reversed(starts), reversed(tiles), strict=True):
-        (
-            query_tile,
-            key_tile,
-            value_tile,
-            grad_tile,
-            grad_query,
-            grad_key,
-            grad_value,
-            rotation,
-            grad_rotation,
-            padding,
-        ) = tile
-        mapped_query, q = prepare.states_twice(query_tile, rotation)
-        mapped_key, k = prepare.states_twice(key_tile, rotation, padding)
-        v, do = prepare.values(value_tile, padding), prepare.values(grad_tile)
-        dv = product(product(q, k.mT).tril_().mT, do)
-        grad_scores = product(do, v.mT).tril_()  # (chunks, rows · heads, chunk, chunk)
-        dq, dk = product(grad_scores, k), product(grad_scores.mT, q)
-        add_product(dq, do, states_before(state, k, v).mT)
-        grad_states = states_before(grad_state, q, do, backwards=True)
+    query_tile, key_tile, value_tile, grad_tile, grad_query, grad_key, grad_value, rotation, grad_rotation, padding = (
+        tile
+    )
+    mapped_query, q = prepare.states_twice(query_tile, rotation)
+    mapped_key, k = prepare.states_twice(key_tile, rotation, padding)
+    v, do = prepare.values(value_tile, padding), prepare.values(grad_tile)
+    dv = product(product(q, k.mT).tril_().mT, do)
+    grad_scores = product(do, v.mT).tril_()  # (chunks, rows · heads, chunk, chunk)
+    dq, dk = product(grad_scores, k), product(grad_scores.mT, q)
+    if has_begun or len(k) > 1:
+        add_product(dq, do, states_before(state, k, v, goes_on=False).mT)
+    if has_grad or len(k) > 1:
+        grad_states = states_before(grad_state, q, do, goes_on, backwards=True)
         add_product(dk, v, grad_states.mT)
         add_product(dv, k, grad_states)
-        prepare.backward(dq, mapped_query, q, rotation, grad_rotation, into=grad_query)
-        prepare.backward(dk, mapped_key, k, rotation, grad_rotation, into=grad_key)
-        grad_value.copy_(dv.view(grad_value.shape))
+    elif goes_on:
+        grad_state.baddbmm_(q[0].mT, do[0])
+    prepare.backward(dq, mapped_query, q, rotation, grad_rotation, into=grad_query)
+    prepare.backward(dk, mapped_key, k, rotation, grad_rotation, into=grad_key)
+    grad_value.copy_(dv.view(grad_value.shape))
+
+
+norm_attention_walk_back = torch.library.custom_op(
+    f"{NAMESPACE}::chunked_norm_attention_backward", walk_norm_attention_back, mutates_args=()
+)
 
 
 @norm_attention_walk_back.register_fake
-def _(grad_output, grad_states, states, query, key, value, angles, householder, *args):
-    *_, needs_angles, needs_householder = args
+def _(grad_output, grad_states, states, starts, query, key, value, angles, householder, *args):
+    *_, needs_angles, needs_householder, _ = args
     return (
         *(torch.empty_like(tensor) for tensor in (query, key, value)),
         torch.empty_like(angles) if needs_angles else query.new_empty(0),
         torch.empty_like(householder) if needs_householder else query.new_empty(0),
-        torch.empty_like(grad_states, memory_format=torch.contiguous_format),
+        torch.empty_like(states, memory_format=torch.contiguous_format),
     )
 
 
 def _save_norm_attention(ctx, inputs, output):
-    *tensors, ctx.causal, ctx.feature_map = inputs
-    ctx.save_for_backward(output[1], *tensors)
+    *tensors, ctx.causal, ctx.feature_map, _, _ = inputs
+    _, states, starts = output
+    ctx.save_for_backward(states, starts, *tensors)
+    ctx.set_materialize_grads(False)
 
 
-def _norm_attention_backward(ctx, grad_output, grad_states):
-    _, _, _, needs_angles, needs_householder, needs_initial_state, *_ = ctx.needs_input_grad
+def _norm_attention_backward(ctx, grad_output, grad_states, _grad_starts):
+    needed = ctx.needs_input_grad[3:6]
     saved = ctx.saved_tensors  # asked for once: a checkpoint gives its tensors out once
-    *grads, grad_angles, grad_householder, grad_states = norm_attention_walk_back(
-        grad_output, grad_states, *saved, ctx.causal, ctx.feature_map, needs_angles, needs_householder
+    query, value, initial_state = saved[2], saved[4], saved[7]
+    if grad_output is None:
+        grad_output = torch.zeros_like(value)
+    walk_back = norm_attention_walk_back if is_traced(query) else walk_norm_attention_back
+    *grads, grad_angles, grad_householder, grad_states = walk_back(
+        grad_output, grad_states, *saved, ctx.causal, ctx.feature_map, *needed
     )
-    initial_state = saved[6]
+    needs_angles, needs_householder, needs_initial_state = needed
     return (
         *grads,
         grad_angles if needs_angles else None,
         grad_householder if needs_householder else None,
         grad_states[: initial_state.shape[0]].to(initial_state.dtype) if needs_initial_state else None,
-        *repeat(None, 4),
+        *repeat(None, 6),
     )
 
 
 norm_attention_walk.register_autograd(_norm_attention_backward, setup_context=_save_norm_attention)
+
+
+class NormAttention(torch.autograd.Function):
+    forward = staticmethod(walk_norm_attention)
+    setup_context = staticmethod(_save_norm_attention)
+    backward = staticmethod(once_differentiable(_norm_attention_backward))  # type: ignore[assignment]
 
 
 def grads_or_empty(grad_rotation, grad_householder, query):
@@ -307,9 +439,8 @@ def grads_or_empty(grad_rotation, grad_householder, query):
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::chunked_diag_attention", mutates_args=())
 @without_autocast
-def diag_attention_walk(
+def walk_diag_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -328,15 +459,24 @@ def diag_attention_walk(
     """angles: (block, head_dim / 2); kept: (batch, heads, seq, block), False where dropout takes a weight away."""
     prepare = Preparation(compute_dtype(query.dtype), "identity", householder)
     weigh = Weights(causal, activation, scale, dropout_p)
-    output, table = torch.empty_like(value), rotation_table(angles)
-    tensors = (query, key, value, output, kept, padding_of(is_real))
-    for span in spans_of(query, cu_seqlens, positions, block_size):
+    output, table, padding = torch.empty_like(value), rotation_table(angles), padding_of(is_real)
+    if must_align(positions, cu_seqlens):
+        to_blocks = Alignment.of(positions, block_size)
+        tensors = tuple(to_blocks.align(tensor) for tensor in (query, key, value, output, kept))
+        spans = spans_of(tensors[0], None)
+        tensors = (*tensors, to_blocks.align_padding(padding))
+    else:
+        tensors = (query, key, value, output, kept, padding)
+        spans = spans_of(query, cu_seqlens, positions, block_size)
+    for span in spans:
         for query_tile, key_tile, value_tile, output_tile, keep, padding in span.tiles(tensors, block_size):
             rotation = None if table is None else table[: query_tile.shape[3]]
             q, k = prepare.states(query_tile, rotation), prepare.states(key_tile, rotation, padding)
             weights = weigh.dropped(weigh.forward(q, k, padding), keep)
             out = product(weights, prepare.values(value_tile, padding))
             output_tile.copy_(out.view(output_tile.shape))
+    if must_align(positions, cu_seqlens):
+        output.copy_(to_blocks.restore(tensors[3]))
     return output
 
 
@@ -349,22 +489,26 @@ class Weights(NamedTuple):
     dropout_p: float
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        weights = product(q, k.mT).mul_(self.scale)
-        # masked_fill_ takes 15 times as long as a product or a sum
         seen = None if padding is None else (~padding.mT).to(q.dtype)  # (chunks, rows, 1, 1, block)
         if self.causal:
             earlier = q.new_ones(q.shape[2], q.shape[2]).tril_()
             seen = earlier if seen is None else seen * earlier
-        by_rows = weights if padding is None else weights.unflatten(1, (padding.shape[1], -1))
+        if seen is None or self.activation == "relu":
+            weights = product(q, k.mT, self.scale)
+        else:  # the scores are added to what hides them
+            weights = q.new_empty(*q.shape[:3], k.shape[2])
+            self.by_rows(weights, padding).copy_((1 - seen) * torch.finfo(q.dtype).min)
+            add_product(weights, q, k.mT, self.scale)
         if self.activation == "relu":
             weights.relu_()
-            return weights if seen is None else by_rows.mul_(seen).view(weights.shape)
-        if seen is None:
-            return weights.softmax(-1)
-        weights = by_rows.add_((1 - seen) * torch.finfo(q.dtype).min).softmax(-1)
-        if padding is not None:
-            weights.mul_(seen)  # a row without a key is zero
-        return weights.view(q.shape[0], q.shape[1], q.shape[2], q.shape[2])
+        else:
+            torch.softmax(weights, -1, out=weights)
+        if seen is not None and (self.activation == "relu" or padding is not None):
+            self.by_rows(weights, padding).mul_(seen)  # a row without a key is zero
+        return weights
+
+    def by_rows(self, weights: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        return weights if padding is None else weights.unflatten(1, (padding.shape[1], -1))
 
     def dropped(self, weights: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
         if kept is None:
@@ -374,8 +518,13 @@ class Weights(NamedTuple):
 
     def backward(self, grad: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.activation == "relu":
-            return grad.mul_(weights.sign()).mul_(self.scale)
-        return torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype).mul_(self.scale)
+            return grad.mul_(weights.sign())
+        return torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
+
+
+diag_attention_walk = torch.library.custom_op(
+    f"{NAMESPACE}::chunked_diag_attention", walk_diag_attention, mutates_args=()
+)
 
 
 @diag_attention_walk.register_fake
@@ -383,9 +532,8 @@ def _(query, key, value, *args):
     return torch.empty_like(value)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::chunked_diag_attention_backward", mutates_args=())
 @without_autocast
-def diag_attention_walk_back(
+def walk_diag_attention_back(
     grad_output: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -411,8 +559,16 @@ def diag_attention_walk_back(
     prepare = Preparation(compute_dtype(query.dtype), "identity", householder, grad_householder)
     weigh = Weights(causal, activation, scale, dropout_p)
     grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-    tensors = (query, key, value, grad_output, *grads, kept, padding_of(is_real))
-    for span in spans_of(query, cu_seqlens, positions, block_size):
+    padding = padding_of(is_real)
+    if must_align(positions, cu_seqlens):
+        to_blocks = Alignment.of(positions, block_size)
+        tensors = tuple(to_blocks.align(tensor) for tensor in (query, key, value, grad_output, *grads, kept))
+        spans = spans_of(tensors[0], None)
+        tensors = (*tensors, to_blocks.align_padding(padding))
+    else:
+        tensors = (query, key, value, grad_output, *grads, kept, padding)
+        spans = spans_of(query, cu_seqlens, positions, block_size)
+    for span in spans:
         for tile in span.tiles(tensors, block_size):
             query_tile, key_tile, value_tile, grad_tile, grad_query, grad_key, grad_value, keep, padding = tile
             rotation, grad_rotation = (None if t is None else t[: query_tile.shape[3]] for t in (table, grad_table))
@@ -422,11 +578,19 @@ def diag_attention_walk_back(
             weights = weigh.forward(q, k, padding)
             dv = product(weigh.dropped(weights, keep).mT, do)
             grad_scores = weigh.backward(weigh.dropped(product(do, v.mT), keep), weights)
-            dq, dk = product(grad_scores, k), product(grad_scores.mT, q)
+            dq, dk = product(grad_scores, k, scale), product(grad_scores.mT, q, scale)
             prepare.backward(dq, mapped_query, q, rotation, grad_rotation, into=grad_query)
             prepare.backward(dk, mapped_key, k, rotation, grad_rotation, into=grad_key)
             grad_value.copy_(dv.view(grad_value.shape))
+    if must_align(positions, cu_seqlens):
+        for grad, aligned in zip(grads, tensors[4:7], strict=True):
+            grad.copy_(to_blocks.restore(aligned))
     return *grads, *grads_or_empty(grad_table, grad_householder, query)
+
+
+diag_attention_walk_back = torch.library.custom_op(
+    f"{NAMESPACE}::chunked_diag_attention_backward", walk_diag_attention_back, mutates_args=()
+)
 
 
 @diag_attention_walk_back.register_fake
@@ -446,7 +610,8 @@ def _save_diag_attention(ctx, inputs, output):
 
 def _diag_attention_backward(ctx, grad_output):
     _, _, _, needs_angles, needs_householder, *_ = ctx.needs_input_grad
-    *grads, grad_angles, grad_householder = diag_attention_walk_back(
+    walk_back = diag_attention_walk_back if is_traced(grad_output) else walk_diag_attention_back
+    *grads, grad_angles, grad_householder = walk_back(
         grad_output, *ctx.saved_tensors, *ctx.options, needs_angles, needs_householder
     )
     return (
@@ -458,3 +623,9 @@ def _diag_attention_backward(ctx, grad_output):
 
 
 diag_attention_walk.register_autograd(_diag_attention_backward, setup_context=_save_diag_attention)
+
+
+class DiagAttention(torch.autograd.Function):
+    forward = staticmethod(walk_diag_attention)
+    setup_context = staticmethod(_save_diag_attention)
+    backward = staticmethod(once_differentiable(_diag_attention_backward))  # type: ignore[assignment]

@@ -194,13 +194,15 @@ def diag_attention(
         The output, shape and dtype of `value`.
 
     Raises:
-        ValueError: unknown activation or backend, block_size < 1, shapes that do not fit, or a backend that cannot
-            run here.
+        ValueError: unknown activation or backend, block_size < 1, dropout_p outside of 0 to 1, shapes that do not fit,
+            or a backend that cannot run here.
     """
     _check_query_key_value(query, key, value)
     _check_choice("activation", activation, DIAG_ACTIVATIONS)
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: a block has at least 1 token.")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p={dropout_p} must be a probability, from 0 to 1.")
     layout = _layout_of(query, attention_mask, cu_seqlens, layout)
     run = {"eager": eager_diag_attention, "torch": chunked_diag_attention, "triton": triton_diag_attention}[
         resolve_backend(backend, query)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-# In tokens. Long enough that calling torch costs little, short enough for the cache: on two cores with 32 MB the time
-# is flat from 256 to 1024 and longer outside.
+# In tokens. Long enough that calling torch costs little, short enough for the cache: with one thread and 32 MB of cache
+# the time is flat from 256 to 1024 and longer outside.
 TILE_SIZE = 512
 
 
@@ -60,18 +60,27 @@ def spans_of(
     query: torch.Tensor, cu_seqlens: torch.Tensor | None, positions: torch.Tensor | None = None, block_size: int = 1
 ) -> list[Span]:
     """What can be walked together: each packed sequence and what lies behind the last one; otherwise as many rows of
-    the batch as fill a tile, if their blocks begin at the same places."""
+    the batch as fill a tile, if their blocks begin at the same places.
+
+    With `cu_seqlens` their values are read, and those of the positions with them: wherever these live, the host waits
+    for the device once. Without, only positions are read, and those should be on the CPU; see `Alignment`.
+    """
     batch_size, _, seq_len, _ = query.shape
     if cu_seqlens is not None:
-        cuts = [*cu_seqlens.tolist(), seq_len]
-        spans = [Span(slice(0, 1), cuts[i], cuts[i + 1], slice(i, i + 1)) for i in range(len(cuts) - 1)]
+        begins = torch.cat((cu_seqlens.long(), cu_seqlens.new_tensor([seq_len], dtype=torch.long)))
         if positions is None:
-            return spans
-        starts = (-positions % block_size).tolist()
-        return [span._replace(first=starts[span.begin]) for span in spans if span.begin < span.end]
+            cuts, starts = begins.tolist(), [0] * len(begins)
+        else:
+            firsts = -positions[begins.clamp(max=seq_len - 1)] % block_size
+            cuts, starts = torch.stack((begins, firsts)).tolist()
+        spans = [Span(slice(0, 1), cuts[i], cuts[i + 1], slice(i, i + 1), starts[i]) for i in range(len(cuts) - 1)]
+        return [span for span in spans if span.begin < span.end]
     starts = [0] * batch_size
     if positions is not None:
-        starts = (-positions[..., 0] % block_size).expand(batch_size).tolist()
+        read = positions[..., 0].tolist()
+        starts = [-first % block_size for first in (read if isinstance(read, list) else [read])]
+        if len(starts) == 1:
+            starts *= batch_size
     step = max(TILE_SIZE // max(seq_len, 1), 1)
     spans = []
     for first, group in groupby(range(batch_size), key=starts.__getitem__):
@@ -82,18 +91,66 @@ def spans_of(
     return spans
 
 
+def must_align(positions: torch.Tensor, cu_seqlens: torch.Tensor | None) -> bool:
+    """Off the CPU a look at the positions would make the host wait for the device, in every layer."""
+    return cu_seqlens is None and positions.device.type != "cpu"
+
+
+class Alignment(NamedTuple):
+    """Rows of a batch moved to the right, on the device, so that the blocks of all rows begin at the same columns.
+
+    source: (batch or 1, wider), the column that a column is taken from; is_inside: the same shape, False where there
+    is none. target: (batch or 1, seq), the column where a column went.
+    """
+
+    source: torch.Tensor
+    is_inside: torch.Tensor
+    target: torch.Tensor
+
+    @classmethod
+    def of(cls, positions: torch.Tensor, block_size: int) -> "Alignment":
+        seq_len = positions.shape[-1]
+        shift = (positions[..., 0] % block_size).reshape(-1, 1)
+        columns = torch.arange(seq_len + block_size - 1, device=positions.device)
+        source = columns - shift
+        is_inside = (source >= 0) & (source < seq_len)
+        return cls(source.clamp(0, seq_len - 1), is_inside, columns[:seq_len] + shift)
+
+    def align(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """(batch, heads, seq, channels) to (batch, heads, wider, channels), with zeros where nothing stands."""
+        if tensor is None:
+            return None
+        return take_columns(tensor, self.source).masked_fill_(~self.is_inside[:, None, :, None], 0)
+
+    def align_padding(self, padding: torch.Tensor | None) -> torch.Tensor:
+        outside = ~self.is_inside[:, None, :, None]
+        return outside if padding is None else take_columns(padding, self.source) | outside
+
+    def restore(self, aligned: torch.Tensor) -> torch.Tensor:
+        return take_columns(aligned, self.target)
+
+
+def take_columns(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    batch_size, heads, _, channels = tensor.shape
+    return tensor.gather(2, columns[:, None, :, None].expand(batch_size, heads, -1, channels))
+
+
 def load(tile: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A contiguous copy of a tile."""
     return torch.empty(tile.shape, dtype=dtype, device=tile.device).copy_(tile)
 
 
-def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`left @ right` of contiguous (chunks, rows · heads, ., .) or their transposes, without a look at broadcasting."""
-    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).view(*left.shape[:-1], right.shape[-1])
+def product(left: torch.Tensor, right: torch.Tensor, factor: float = 1) -> torch.Tensor:
+    """`factor * left @ right` of contiguous (chunks, rows · heads, ., .) or their transposes, with no broadcasting."""
+    left, right, shape = left.flatten(0, 1), right.flatten(0, 1), (*left.shape[:-1], right.shape[-1])
+    if factor == 1:
+        return torch.bmm(left, right).view(shape)
+    total = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
+    return total.baddbmm_(left, right, beta=0, alpha=factor).view(shape)
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    total.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float = 1) -> None:
+    total.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1), alpha=factor)
 
 
 class Preparation(NamedTuple):
