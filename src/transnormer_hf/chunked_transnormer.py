@@ -514,7 +514,7 @@ class Weights(NamedTuple):
         if kept is None:
             return weights
         kept = kept[..., : weights.shape[-1]].to(weights.dtype).flatten(1, 2)
-        return weights * kept.mul_(1 / (1 - self.dropout_p))
+        return weights * kept.div_(max(1 - self.dropout_p, torch.finfo(weights.dtype).tiny))  # nothing is kept at 1
 
     def backward(self, grad: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.activation == "relu":

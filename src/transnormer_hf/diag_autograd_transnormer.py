@@ -274,6 +274,8 @@ class _Launch:
             return
         arguments = dict(self.arguments, **more)
         for argument, tensor in tensors.items():
+            if tensor.stride(2) * self.plan.tile >= 2**31:
+                tensor = tensor.contiguous()  # offsets within a tile are 32-bit integers; those between tiles are not
             arguments[f"{argument}_ptr"] = tensor
             axes = "bht" if argument == "output" else "bhtd"
             arguments |= {f"{argument}_stride_{axis}": tensor.stride(i) for i, axis in enumerate(axes)}

@@ -31,6 +31,7 @@ from .triton_features_transnormer import (
     dot_type,
     padded_dim,
     rotation,
+    target_family,
     turn_fraction,
     wide_dot_type,
 )
@@ -106,14 +107,14 @@ def locate_tile(
 
 @triton.jit
 def load_halves(
-    pointer, columns, exists, stride_t, stride_d, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+    pointer, tokens, exists, stride_t, stride_d, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """One head's vectors at the given columns, zeros where there is none: two (tokens, WIDTH / 2) float32."""
-    rows = pointer + columns[:, None] * stride_t
+    """One head's vectors of some tokens, zeros where there is none: two (tokens, WIDTH / 2) float32."""
+    rows = pointer + tokens[:, None] * stride_t
     if PAIRS:
         channels = tl.arange(0, WIDTH)[None, :]
         whole = tl.load(rows + channels * stride_d, mask=exists[:, None] & (channels < HEAD_DIM), other=0.0)
-        first, second = tl.split(tl.reshape(whole.to(tl.float32), (columns.shape[0], WIDTH // 2, 2)))
+        first, second = tl.split(tl.reshape(whole.to(tl.float32), (tokens.shape[0], WIDTH // 2, 2)))
         return first, second
     else:
         channels = tl.arange(0, WIDTH // 2)[None, :]
@@ -125,14 +126,14 @@ def load_halves(
 
 @triton.jit
 def store_halves(
-    pointer, first, second, columns, exists, stride_t, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+    pointer, first, second, tokens, exists, stride_t, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
 ):
     """The inverse of `load_halves`, for a tensor whose channels lie side by side."""
-    rows = pointer + columns[:, None] * stride_t
+    rows = pointer + tokens[:, None] * stride_t
     element_type = pointer.dtype.element_ty
     if PAIRS:
         channels = tl.arange(0, WIDTH)[None, :]
-        whole = tl.reshape(tl.join(first, second), (columns.shape[0], WIDTH)).to(element_type)
+        whole = tl.reshape(tl.join(first, second), (tokens.shape[0], WIDTH)).to(element_type)
         tl.store(rows + channels, whole, mask=exists[:, None] & (channels < HEAD_DIM))
     else:
         channels = tl.arange(0, WIDTH // 2)[None, :]
@@ -176,11 +177,11 @@ def settle(tile):
 
 @triton.jit
 def load_turned(
-    pointer, columns, exists, stride_t, stride_d, places, table_ptr, householder_ptr, block_size,
+    pointer, tokens, exists, stride_t, stride_d, places, table_ptr, householder_ptr, block_size,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Queries or keys with LRPE, where there is one."""
-    first, second = load_halves(pointer, columns, exists, stride_t, stride_d, table_ptr is not None, HEAD_DIM, WIDTH)
+    first, second = load_halves(pointer, tokens, exists, stride_t, stride_d, table_ptr is not None, HEAD_DIM, WIDTH)
     if table_ptr is not None:
         cos, sin, householder_even, householder_odd = load_lrpe(
             places, table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH
@@ -193,7 +194,7 @@ def load_turned(
 
 @triton.jit
 def store_turned_back(
-    pointer, grad_first, grad_second, turned_first, turned_second, columns, exists, stride_t, places,
+    pointer, grad_first, grad_second, turned_first, turned_second, tokens, exists, stride_t, places,
     table_ptr, householder_ptr, block_size, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of queries or keys, given the one after LRPE; returns their part of theta's, (WIDTH / 2,).
@@ -211,7 +212,7 @@ def store_turned_back(
         grad_even = grad_first * cos + grad_second * sin
         grad_odd = grad_second * cos - grad_first * sin
         grad_first, grad_second = reflect_pairs(grad_even, grad_odd, householder_even, householder_odd)
-    store_halves(pointer, grad_first, grad_second, columns, exists, stride_t, table_ptr is not None, HEAD_DIM, WIDTH)
+    store_halves(pointer, grad_first, grad_second, tokens, exists, stride_t, table_ptr is not None, HEAD_DIM, WIDTH)
     return grad_theta
 
 
@@ -312,19 +313,19 @@ def diag_tile_forward_kernel(
         return
     places = tl.arange(0, TILE)
     within = places % block_size
-    columns = first + places
-    exists = (places < tile_tokens) & (columns >= begin) & (columns < end)
+    # 32-bit from here on, within the tile: wide integers would cost the registers that the backward pass lacks
+    exists = (places >= (begin - first).to(tl.int32)) & (places < tl.minimum(end - first, tile_tokens).to(tl.int32))
     is_key = exists
     if is_real_ptr is not None:
-        is_key = tl.load(is_real_ptr + row * is_real_stride_b + columns, mask=exists, other=0) != 0
-    query_ptr += row * query_stride_b + head * query_stride_h
-    key_ptr += row * key_stride_b + head * key_stride_h
-    value_ptr += row * value_stride_b + head * value_stride_h
-    output_ptr += row * output_stride_b + head * output_stride_h
+        is_key = tl.load(is_real_ptr + (row * is_real_stride_b + first) + places, mask=exists, other=0) != 0
+    query_ptr += row * query_stride_b + head * query_stride_h + first * query_stride_t
+    key_ptr += row * key_stride_b + head * key_stride_h + first * key_stride_t
+    value_ptr += row * value_stride_b + head * value_stride_h + first * value_stride_t
+    output_ptr += row * output_stride_b + head * output_stride_h + first * output_stride_t
 
     query_first, query_second = load_turned(
         query_ptr,
-        columns,
+        places,
         exists,
         query_stride_t,
         query_stride_d,
@@ -337,7 +338,7 @@ def diag_tile_forward_kernel(
     )
     key_first, key_second = load_turned(
         key_ptr,
-        columns,
+        places,
         is_key,
         key_stride_t,
         key_stride_d,
@@ -359,15 +360,17 @@ def diag_tile_forward_kernel(
     else:
         weights = masked_softmax(scores, visible)
     if seed_ptr is not None:
-        weights = mark_dropped(weights, seed_ptr, row * num_heads + head, columns, 0, dropout_p, TILE)
+        weights = mark_dropped(
+            weights, seed_ptr, row * num_heads + head, first.to(tl.int32) + places, 0, dropout_p, TILE
+        )
         weights = tl.maximum(weights, 0.0) * keep_scale
     weights = weights.to(MAP_TYPE)
     value_first, value_second = load_halves(
-        value_ptr, columns, is_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
+        value_ptr, places, is_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
     )
     output_first = tl.dot(weights, value_first.to(MAP_TYPE), input_precision=PRECISION)  # (TILE, WIDTH / 2)
     output_second = tl.dot(weights, value_second.to(MAP_TYPE), input_precision=PRECISION)
-    store_halves(output_ptr, output_first, output_second, columns, exists, output_stride_t, False, HEAD_DIM, WIDTH)
+    store_halves(output_ptr, output_first, output_second, places, exists, output_stride_t, False, HEAD_DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=["seq_len", "num_sequences", "programs_per_row", "block_size", "tile_tokens"])
@@ -405,20 +408,20 @@ def diag_tile_backward_kernel(
         return
     places = tl.arange(0, TILE)
     within = places % block_size
-    columns = first + places
-    exists = (places < tile_tokens) & (columns >= begin) & (columns < end)
+    # 32-bit from here on, within the tile: wide integers would cost the registers that the backward pass lacks
+    exists = (places >= (begin - first).to(tl.int32)) & (places < tl.minimum(end - first, tile_tokens).to(tl.int32))
     is_key = exists
     if is_real_ptr is not None:
-        is_key = tl.load(is_real_ptr + row * is_real_stride_b + columns, mask=exists, other=0) != 0
-    grad_ptr += row * grad_stride_b + head * grad_stride_h
-    query_ptr += row * query_stride_b + head * query_stride_h
-    key_ptr += row * key_stride_b + head * key_stride_h
-    value_ptr += row * value_stride_b + head * value_stride_h
-    start = row * output_stride_b + head * output_stride_h
+        is_key = tl.load(is_real_ptr + (row * is_real_stride_b + first) + places, mask=exists, other=0) != 0
+    grad_ptr += row * grad_stride_b + head * grad_stride_h + first * grad_stride_t
+    query_ptr += row * query_stride_b + head * query_stride_h + first * query_stride_t
+    key_ptr += row * key_stride_b + head * key_stride_h + first * key_stride_t
+    value_ptr += row * value_stride_b + head * value_stride_h + first * value_stride_t
+    start = row * output_stride_b + head * output_stride_h + first * output_stride_t
 
     query_first, query_second = load_turned(
         query_ptr,
-        columns,
+        places,
         exists,
         query_stride_t,
         query_stride_d,
@@ -433,7 +436,7 @@ def diag_tile_backward_kernel(
     query_second = query_second.to(DOT_TYPE)
     key_first, key_second = load_turned(
         key_ptr,
-        columns,
+        places,
         is_key,
         key_stride_t,
         key_stride_d,
@@ -455,24 +458,18 @@ def diag_tile_backward_kernel(
     else:
         weights = masked_softmax(scores, visible)
     if seed_ptr is not None:
-        weights = mark_dropped(weights, seed_ptr, row * num_heads + head, columns, 0, dropout_p, TILE)
+        weights = mark_dropped(
+            weights, seed_ptr, row * num_heads + head, first.to(tl.int32) + places, 0, dropout_p, TILE
+        )
 
     grad_first, grad_second = load_halves(
-        grad_ptr, columns, exists, grad_stride_t, grad_stride_d, False, HEAD_DIM, WIDTH
+        grad_ptr, places, exists, grad_stride_t, grad_stride_d, False, HEAD_DIM, WIDTH
     )
     grad_first = grad_first.to(DOT_TYPE)
     grad_second = grad_second.to(DOT_TYPE)
-    value_first, value_second = load_halves(
-        value_ptr, columns, is_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
-    )
-    grad_weights = inner_products(
-        grad_first, grad_second, value_first.to(DOT_TYPE), value_second.to(DOT_TYPE), PRECISION
-    )
     dropped = weights
     if seed_ptr is not None:
-        grad_weights = tl.where(weights > 0.0, grad_weights * keep_scale, 0.0)
         dropped = tl.maximum(weights, 0.0) * keep_scale
-        weights = tl.abs(weights)
     dropped = tl.trans(dropped.to(MAP_TYPE))
     grad_value_first = tl.dot(dropped, grad_first.to(MAP_TYPE), input_precision=PRECISION)  # (TILE, WIDTH / 2)
     grad_value_second = tl.dot(dropped, grad_second.to(MAP_TYPE), input_precision=PRECISION)
@@ -480,7 +477,7 @@ def diag_tile_backward_kernel(
         grad_value_ptr + start,
         grad_value_first,
         grad_value_second,
-        columns,
+        places,
         exists,
         output_stride_t,
         False,
@@ -488,6 +485,16 @@ def diag_tile_backward_kernel(
         WIDTH,
     )
 
+    # read after the store of dV, or the compiler would have all of it in registers at once
+    value_first, value_second = load_halves(
+        value_ptr, places, is_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
+    )
+    grad_weights = inner_products(
+        grad_first, grad_second, value_first.to(DOT_TYPE), value_second.to(DOT_TYPE), PRECISION
+    )
+    if seed_ptr is not None:
+        grad_weights = tl.where(weights > 0.0, grad_weights * keep_scale, 0.0)
+        weights = tl.abs(weights)
     if RELU:
         grad_scores = tl.where(weights > 0.0, grad_weights, 0.0)
     else:
@@ -497,7 +504,7 @@ def diag_tile_backward_kernel(
         grad_query_ptr + start,
         tl.dot(grad_scores, key_first.to(MAP_TYPE), input_precision=PRECISION),
         tl.dot(grad_scores, key_second.to(MAP_TYPE), input_precision=PRECISION),
-        query_first, query_second, columns, exists, output_stride_t, within,
+        query_first, query_second, places, exists, output_stride_t, within,
         table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
     )  # fmt: skip
     grad_scores = tl.trans(grad_scores)
@@ -505,7 +512,7 @@ def diag_tile_backward_kernel(
         grad_key_ptr + start,
         tl.dot(grad_scores, query_first.to(MAP_TYPE), input_precision=PRECISION),
         tl.dot(grad_scores, query_second.to(MAP_TYPE), input_precision=PRECISION),
-        key_first, key_second, columns, exists, output_stride_t, within,
+        key_first, key_second, places, exists, output_stride_t, within,
         table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
     )  # fmt: skip
     if table_ptr is not None:
@@ -533,12 +540,12 @@ def locate_part(number, positions_ptr, cu_seqlens_ptr, seq_len, num_sequences, b
 
 @triton.jit
 def load_row_statistics(
-    output_ptr, lse_ptr, grad_first, grad_second, columns, exists, stride_t, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+    output_ptr, lse_ptr, grad_first, grad_second, tokens, exists, stride_t, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
 ):
     """rowsum(O ∘ dO), which is rowsum(P ∘ dP), and the log-sum-exp of some queries: (queries,) each."""
-    first, second = load_halves(output_ptr, columns, exists, stride_t, 1, False, HEAD_DIM, WIDTH)
+    first, second = load_halves(output_ptr, tokens, exists, stride_t, 1, False, HEAD_DIM, WIDTH)
     row_sums = tl.sum(first * grad_first, 1) + tl.sum(second * grad_second, 1)
-    return row_sums, tl.load(lse_ptr + columns, mask=exists, other=float("inf"))
+    return row_sums, tl.load(lse_ptr + tokens, mask=exists, other=float("inf"))
 
 
 @triton.jit(do_not_specialize=["seq_len", "num_sequences", "programs_per_row", "block_size"])
@@ -814,15 +821,16 @@ def diag_split_backward_kernel(
             )
         grad_first = grad_first.to(DOT_TYPE)
         grad_second = grad_second.to(DOT_TYPE)
-        grad_scores = inner_products(grad_first, grad_second, value_first, value_second, PRECISION)
         dropped = weights
         if seed_ptr is not None:
-            grad_scores = tl.where(weights > 0.0, grad_scores * keep_scale, 0.0)
             dropped = tl.maximum(weights, 0.0) * keep_scale
-            weights = tl.abs(weights)
         dropped = tl.trans(dropped.to(MAP_TYPE))
         grad_value_first = tl.dot(dropped, grad_first.to(MAP_TYPE), grad_value_first, input_precision=PRECISION)
         grad_value_second = tl.dot(dropped, grad_second.to(MAP_TYPE), grad_value_second, input_precision=PRECISION)
+        grad_scores = inner_products(grad_first, grad_second, value_first, value_second, PRECISION)
+        if seed_ptr is not None:
+            grad_scores = tl.where(weights > 0.0, grad_scores * keep_scale, 0.0)
+            weights = tl.abs(weights)
         if RELU:
             grad_scores = tl.where(weights > 0.0, grad_scores, 0.0)
         else:
@@ -914,7 +922,8 @@ def width_of(head_dim: int) -> int:
 
 def launch_options(kernel: str, target: str, dtype: str, head_dim: int, tile: int) -> dict[str, int]:
     """num_warps and num_stages of a kernel ("tile_forward", "split_backward", ...) for a plan's tile."""
-    return {"num_warps": 8 if tile * width_of(head_dim) > 64 * 64 else 4, "num_stages": 1}
+    wide = tile * width_of(head_dim) > 64 * 64 and target_family(target) != "amd"
+    return {"num_warps": 8 if wide else 4, "num_stages": 1}
 
 
 def kernel_constants(

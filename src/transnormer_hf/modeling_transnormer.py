@@ -547,8 +547,7 @@ def packed_boundaries(position_ids: torch.Tensor) -> torch.Tensor | None:
             "position_ids alone cannot be searched for packed sequences inside torch.compile or torch.export; pass "
             "cu_seq_lens_q for packed sequences, attention_mask for padded ones, and no position_ids otherwise."
         )
-    starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1
-    starts[:, 0] = True
+    starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1  # the first column of a row always does
     if int(starts.sum()) == len(starts):
         return None
     starts = starts.flatten().nonzero().flatten()
@@ -616,8 +615,8 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
             if length is not None and length <= seen:
                 raise ValueError(
-                    f"The input has {length} tokens and past_key_values has taken in {seen}: pass the whole sequence, or "
-                    "the new tokens with an attention_mask for the whole sequence."
+                    f"The input has {length} tokens and past_key_values has taken in {seen}: pass the whole sequence, "
+                    "or the new tokens with an attention_mask for the whole sequence."
                 )
         elif implementation == "quantized":
             raise ValueError(

@@ -15,11 +15,12 @@ from .norm_kernels_transnormer import (
     _query_backward_kernel,
     _scan_backward_kernel,
     _scan_kernel,
+    _short_backward_kernel,
+    _short_kernel,
     _state_kernel,
-    _step_kernel,
+    gradients_together,
     kernel_constants,
     launch_options,
-    one_tile_length,
 )
 from .triton_features_transnormer import (
     ELEMENT_TYPES,
@@ -32,6 +33,7 @@ from .triton_features_transnormer import (
 
 NAMESPACE = operator_namespace(__name__)
 PROGRAMS = 128  # that a launch should have at least: the multiprocessors of a large GPU
+SHORT_LENGTH = 128  # bidirectional sequences up to here are one launch without a state in memory
 SEGMENT_MULTIPLE = 64  # a segment is whole tiles of every kernel
 MAX_TILE_DIM = 128  # the widest head whose state fits into the registers of one program
 
@@ -82,7 +84,7 @@ def triton_norm_attention(
             )
             for rows in _halves(head_dim)
         ]
-        outputs.append(sum(output.float() for output, _ in parts).to(value.dtype))
+        outputs.append(torch.stack([output.float() for output, _ in parts]).sum(0).to(value.dtype))
         if return_state:
             states.append(torch.cat([state for _, state in parts], -2))
     return torch.cat(outputs, -1), torch.cat(states, -1) if return_state else None
@@ -152,27 +154,21 @@ def norm_attention_forward(
     """
     query, key, value = _with_rows(query), _with_rows(key), _with_rows(value)
     shapes = _shapes(query, value, cu_seqlens, causal, return_state)
-    batch, heads, seq_len, value_dim = value.shape
+    _, heads, _, value_dim = value.shape
     output = _token_major(value, value_dim)
     state = new_empty((shapes.state_rows, heads, query.shape[-1], value_dim), query, torch.float32)
     partials = new_empty((shapes.partial_rows, heads, query.shape[-1], value_dim), query, torch.float32)
     launch = _Launch(query, value, positions, is_real, cu_seqlens, theta, householder, feature_map, shapes)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    if shapes.one_tile:
+    if shapes.short:
         launch(
-            _scan_kernel,
-            "one_tile",
+            _short_kernel,
+            "short",
             tensors={"query": query, "key": key, "value": value, "output": output},
-            pointers={
-                "partial": None,
-                "initial": initial_state,
-                "state": state if return_state else None,
-            },
-            CAUSAL=causal,
-            ONE_TILE=True,
+            pointers={"initial": initial_state, "state": state if return_state else None},
         )
     elif causal:
-        if shapes.segments > 1 or cu_seqlens is not None:
+        if shapes.partial_rows:
             launch(
                 _state_kernel,
                 "state",
@@ -189,8 +185,6 @@ def norm_attention_forward(
                 "initial": initial_state,
                 "state": state,
             },
-            CAUSAL=True,
-            ONE_TILE=False,
         )
     else:
         scratch = new_empty((shapes.programs, heads, query.shape[-1], value_dim), query, torch.float32)
@@ -212,7 +206,18 @@ def norm_attention_forward(
 
 @norm_attention_forward.register_fake
 def _(
-    query, key, value, positions, is_real, cu_seqlens, theta, householder, initial_state, causal, feature_map, return_state
+    query,
+    key,
+    value,
+    positions,
+    is_real,
+    cu_seqlens,
+    theta,
+    householder,
+    initial_state,
+    causal,
+    feature_map,
+    return_state,
 ):
     shapes = _shapes(query, value, cu_seqlens, causal, return_state)
     heads, head_dim, value_dim = query.shape[1], query.shape[-1], value.shape[-1]
@@ -250,15 +255,41 @@ def norm_attention_backward(
     if initial_state is not None:
         initial_state = initial_state.contiguous()
         initial_grad = new_empty((shapes.num_states, heads, head_dim, value_dim), query, torch.float32)
+    # dq, dk and dv of a causal scan in one pass, or dq and then dk and dv
+    passes = [(True, True)] if gradients_together(head_dim, value_dim) else [(True, False), (False, True)]
+    if causal and len(passes) == 2 and 2 * query.shape[0] * heads >= PROGRAMS:
+        # nothing is shared between two passes: long segments spare the partials
+        shapes = _shapes(query, value, cu_seqlens, causal, return_state, segments=1)
     scratch = None
-    if not shapes.one_tile and (not causal or shapes.partial_rows):
+    if not shapes.short and (not causal or shapes.partial_rows):
         scratch = new_empty((shapes.programs, heads, head_dim, value_dim), query, torch.float32)
     theta_parts = None
     if theta is not None:
-        passes = 1 if causal or shapes.one_tile else 2
-        theta_parts = new_empty((passes, shapes.programs, heads, head_dim // 2), query, torch.float32)
+        rows = len(passes) if causal else 1 if shapes.short else 2
+        theta_parts = new_empty((rows, shapes.programs, heads, head_dim // 2), query, torch.float32)
     launch = _Launch(query, value, positions, is_real, cu_seqlens, theta, householder, feature_map, shapes)
-    if shapes.one_tile or causal:
+    everything = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "output_grad": output_grad,
+        "query_grad": query_grad,
+        "key_grad": key_grad,
+        "value_grad": value_grad,
+    }
+    if shapes.short:
+        launch(
+            _short_backward_kernel,
+            "short_backward",
+            tensors=everything,
+            pointers={
+                "initial": initial_state,
+                "state_grad": state_grad,
+                "initial_grad": initial_grad,
+                "theta_grad": None if theta_parts is None else theta_parts[0],
+            },
+        )
+    elif causal:
         if scratch is not None:
             launch(
                 _state_kernel,
@@ -267,30 +298,23 @@ def norm_attention_backward(
                 pointers={"real": None, "partial": scratch},
                 SKIP="first",
             )
-        launch(
-            _scan_backward_kernel,
-            "scan_backward_one_tile" if shapes.one_tile else "scan_backward",
-            tensors={
-                "query": query,
-                "key": key,
-                "value": value,
-                "output_grad": output_grad,
-                "query_grad": query_grad,
-                "key_grad": key_grad,
-                "value_grad": value_grad,
-            },
-            pointers={
-                "partial": partials if shapes.partial_rows else None,
-                "initial": initial_state,
-                "state": None if shapes.one_tile else state,
-                "grad_partial": scratch,
-                "state_grad": state_grad,
-                "initial_grad": initial_grad,
-                "theta_grad": theta_parts,
-            },
-            CAUSAL=causal,
-            ONE_TILE=shapes.one_tile,
-        )
+        for row, (query_pass, key_value_pass) in enumerate(passes):
+            launch(
+                _scan_backward_kernel,
+                "scan_backward",
+                tensors=everything,
+                pointers={
+                    "partial": partials if shapes.partial_rows else None,
+                    "initial": initial_state,
+                    "state": state,
+                    "grad_partial": scratch,
+                    "state_grad": state_grad,
+                    "initial_grad": initial_grad,
+                    "theta_grad": None if theta_parts is None else theta_parts[row],
+                },
+                QUERY_GRAD=query_pass,
+                KEY_VALUE_GRAD=key_value_pass,
+            )
     else:
         launch(
             _query_backward_kernel,
@@ -323,8 +347,8 @@ def norm_attention_backward(
 
 @norm_attention_backward.register_fake
 def _(
-    output_grad, state_grad, query, key, value, positions, is_real, cu_seqlens, theta, householder, initial_state, state,
-    partials, causal, feature_map, return_state,
+    output_grad, state_grad, query, key, value, positions, is_real, cu_seqlens, theta, householder, initial_state,
+    state, partials, causal, feature_map, return_state,
 ):  # fmt: skip
     nothing = query.new_empty(0, dtype=torch.float32)
     return (
@@ -382,14 +406,14 @@ norm_attention_forward.register_autograd(_backward, setup_context=_save_for_back
 class _Shapes(NamedTuple):
     """What follows from the shapes alone, so that fake tensors know it too.
 
-    one_tile: the whole sequence goes through one tile of one program.
+    short: a whole sequence is one program's, and its state stays there.
     segments: segments of a sequence, of the whole row where it is packed.
     programs: segments of all sequences, with those that packing may add.
     num_states: sequences, the one behind the last packed one included.
     state_rows, partial_rows: rows of the state and of the partials that the forward returns, 0 where it needs none.
     """
 
-    one_tile: bool
+    short: bool
     segments: int
     programs: int
     num_states: int
@@ -398,22 +422,30 @@ class _Shapes(NamedTuple):
 
 
 def _shapes(
-    query: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor | None, causal: bool, return_state: bool
+    query: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    causal: bool,
+    return_state: bool,
+    segments: int | None = None,
 ) -> _Shapes:
     batch, heads, seq_len, head_dim = query.shape
-    one_tile = cu_seqlens is None and seq_len <= one_tile_length(head_dim, value.shape[-1])
-    segments = 1 if one_tile else segments_per_sequence(batch * heads, seq_len, max(head_dim, value.shape[-1]))
+    short = not causal and cu_seqlens is None and seq_len <= SHORT_LENGTH
+    if short:
+        segments = 1
+    elif segments is None:
+        segments = segments_per_sequence(batch * heads, seq_len, max(head_dim, value.shape[-1]))
     num_states, programs = batch, batch * segments
     if cu_seqlens is not None:
         # each sequence, one of no tokens too, has at least one segment
         num_states, programs = cu_seqlens.shape[0], segments + cu_seqlens.shape[0]
     return _Shapes(
-        one_tile=one_tile,
+        short=short,
         segments=segments,
         programs=programs,
         num_states=num_states,
-        state_rows=num_states if return_state or not one_tile else 0,
-        partial_rows=programs if causal and (segments > 1 or (cu_seqlens is not None)) else 0,
+        state_rows=num_states if return_state or not short else 0,
+        partial_rows=programs if causal and segments > 1 else 0,
     )
 
 
@@ -482,10 +514,14 @@ class _Launch:
             arguments[f"{tensor_name}_ptr"] = tensor
             for dim, stride in zip(("batch", "head", "row"), tensor.stride()[:3], strict=True):
                 arguments[f"{tensor_name}_{dim}_stride"] = stride
-        arguments |= {name: value for name, value in constexprs.items()}
+        arguments |= constexprs
         names = set(kernel.arg_names)
         options = launch_options(
-            name, target_of(self.query), ELEMENT_TYPES[self.query.dtype], constexprs["HEAD_DIM"], constexprs["VALUE_DIM"]
+            name,
+            target_of(self.query),
+            ELEMENT_TYPES[self.query.dtype],
+            constexprs["HEAD_DIM"],
+            constexprs["VALUE_DIM"],
         )
         arguments["BLOCK_T"] = options["BLOCK_T"]
         if self.query.numel() == 0:

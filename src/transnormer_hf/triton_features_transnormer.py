@@ -1,7 +1,8 @@
-"""What all Triton kernels here share: feature maps and LRPE on a tile, the target they run on, the ahead-of-time registry.
+"""What all Triton kernels here share: feature maps and LRPE on a tile, the target they run on, the registry.
 
 The tile functions follow `features_transnormer.py`, which is the definition: phi, then the Householder reflection, then
-the rotation. Tiles are (rows, columns) float32 with rows tokens and columns channels, padded with zeros to a power of two.
+the rotation. Tiles are (rows, columns) float32: rows are tokens, columns channels, padded with zeros to a power of
+two.
 
 A `KernelSpec` names a kernel and lists every variant of it that may be launched, so that each can be compiled without
 a GPU and its spills and shared memory be read before anybody runs it.
@@ -64,7 +65,7 @@ def rotation(positions, high, low):
 
 @triton.jit
 def rotation_at(positions, high, low):
-    """cos and sin of positions · theta, float32, as accurate at position 2^30 as at 0; integers of shapes that broadcast.
+    """cos and sin of positions · theta, float32, as accurate at position 2^30 as at 0; shapes broadcast.
 
     The product is taken modulo one turn in 32-bit fixed point (error 2^-32 turns), split into a quadrant and a rest
     within an eighth of a turn of its axis, and the rest goes through the usual polynomials (error below 1e-7).
@@ -76,8 +77,10 @@ def rotation_at(positions, high, low):
     rest = (fraction - (quadrant << 30)).to(tl.int32).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
     square = rest * rest
     sin = rest + rest * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
-    cos = 1 - 0.5 * square + square * square * (
-        4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5)
+    cos = (
+        1
+        - 0.5 * square
+        + square * square * (4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5))
     )
     swap = (quadrant & 1) != 0
     cos, sin = tl.where(swap, sin, cos), tl.where(swap, cos, sin)
@@ -110,7 +113,7 @@ def rotate_back(hidden_states, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constex
 def rotation_gradient(grad, rotated, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """d loss / d angle of each pair, (rows, columns / 2), from the gradient of the rotated tile and that tile.
 
-    y = R(angle) x has dy/dangle = (-y_odd, y_even). Times the position and summed over rows it is the gradient of theta.
+    y = R(angle) x has dy/dangle = (-y_odd, y_even). Times the position, summed over rows, it is the gradient of theta.
     """
     grad_even, grad_odd = tl.split(tl.reshape(grad, (ROWS, COLUMNS // 2, 2)))
     even, odd = tl.split(tl.reshape(rotated, (ROWS, COLUMNS // 2, 2)))
@@ -261,7 +264,8 @@ def compile_arguments(spec: KernelSpec, variant: KernelVariant) -> CompileArgume
 
     Pointers and strides are multiples of 16, sizes are not.
     """
-    signature, attrs = {}, {}
+    signature: dict[str, str] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, name in enumerate(spec.function.arg_names):
         if name in variant.constexprs:
             signature[name] = "constexpr"
