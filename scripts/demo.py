@@ -51,7 +51,7 @@ NEXT_STEPS = """
     .venv/bin/python scripts/run_glue.py --task_name sst2 --config_name model_cards/transnormer-t2-base \\
         --tokenizer_name roberta-base --do_train --do_eval --output_dir outputs/sst2
   your model on the Hub (after `.venv/bin/hf auth login`):
-    .venv/bin/python scripts/push_to_hub.py --model_dir {output_dir} --repo_id YOUR_NAME/transnormer-reviews"""
+    .venv/bin/hf upload YOUR_NAME/transnormer-reviews {output_dir}"""
 
 # Runs apart from everything above: no package, no Hub, only the saved folder.
 CLASSIFY = """

@@ -175,7 +175,7 @@ def test_recording_that_is_switched_off_by_layer_lets_go_of_the_past():
     model = tiny_model()
     cache = TransNormerCache(model.config)
     cache.activate_past_recording()
-    assert cache.is_recording_past(0)
+    assert all(layer.record_past for layer in cache.layers)
     run(model, torch.randint(3, 50, (1, 9)), cache, chunks=[5, 4])
     for layer in cache.layers:
         layer.record_past = False

@@ -546,7 +546,7 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> TransNormerCache:
             f"past_key_values is a {type(cache).__name__} that holds keys and values of another kind; begin with an "
             "empty TransNormerCache(model.config)."
         )
-    is_recording = any(cache.is_recording_past(index) for index in range(len(cache.layers)))
+    is_recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
     is_compileable = isinstance(cache, StaticCache)
     cache.__class__ = TransNormerCache
     cache.__init__(config, is_compileable)
