@@ -636,8 +636,10 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> torch.Tensor | None:
-        """The columns of the new tokens: the state knows the rest, and a compiled step sees one shape only."""
-        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        """The columns of the new tokens: the state knows the rest, and a compiled step sees one shape and stride."""
+        if attention_mask is None:
+            return None
+        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
 
 class TransNormerLMHead(nn.Module):
