@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transnormer_hf import chunked_transnormer, ops_transnormer
+from transnormer_hf import chunked_transnormer, ops_transnormer, tiles_transnormer
 from transnormer_hf.features_transnormer import token_layout
 from transnormer_hf.ops_transnormer import diag_attention, norm_attention
 from transnormer_hf.tiles_transnormer import must_align
@@ -137,6 +137,17 @@ def test_diag_attention_equals_its_definition(seq_len, kind, causal, activation,
         grads = torch.autograd.grad(output, [query, key, value, *(lrpe or ())], grad_output)
         results.append([output * is_defined[:, None, :, None], *grads])
     assert_all_close(*results)
+
+
+@pytest.mark.parametrize("block_size", [7, 64, 1000])
+def test_blocks_that_are_multiplied_where_they_lie_may_take_several_tiles_and_have_a_tail(monkeypatch, block_size):
+    monkeypatch.setattr(tiles_transnormer, "HEAD_TILE_SIZE", 128)
+    options = {"block_size": block_size, "causal": True, "activation": "relu"}
+    with patch.object(chunked_transnormer, "spans_of") as general_path:
+        query, key, value = (tensor.detach() for tensor in projections(2, 600))
+        output = diag_attention(query, key, value, **options, backend="torch")
+    assert not general_path.called
+    assert_all_close([output], [diag_attention(query, key, value, **options, backend="eager")])
 
 
 class _WatchReads(TorchDispatchMode):

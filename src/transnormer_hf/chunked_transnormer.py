@@ -26,6 +26,8 @@ from .tiles_transnormer import (
     Preparation,
     Span,
     add_product,
+    begins_a_block,
+    blocks_of_heads,
     must_align,
     padding_of,
     product,
@@ -162,10 +164,8 @@ def walk_norm_attention(
     starts = empty_starts(states, query, cu_seqlens, needs_starts)
     if not causal and is_plain(query, angles, is_real, cu_seqlens, feature_map):
         for q, k, v, out, state in zip(query, key, value, output, states, strict=True):
-            for key_tile, value_tile in zip(k.split(TILE_SIZE, 1), v.split(TILE_SIZE, 1), strict=True):
-                state.baddbmm_(key_tile.mT, value_tile)
-            for query_tile, output_tile in zip(q.split(TILE_SIZE, 1), out.split(TILE_SIZE, 1), strict=True):
-                torch.bmm(query_tile, state, out=output_tile)
+            state.baddbmm_(k.mT, v)
+            torch.bmm(q, state, out=out)
         return output, states, starts
     prepare = Preparation(compute_dtype(query.dtype), feature_map, householder)
     tensors = (query, key, value, output, rotation_table(angles), padding_of(is_real))
@@ -191,11 +191,11 @@ def walk_norm_attention(
     return output, states, starts
 
 
-def is_plain(query, angles, is_real, cu_seqlens, feature_map):
-    """Nothing happens to the tokens before they are multiplied, so that they can be where they lie."""
+def is_plain(query, angles, is_real, cu_seqlens, feature_map="identity"):
+    """Nothing happens to the tokens before they are multiplied, so that they can be multiplied where they lie."""
     if angles is not None or is_real is not None or cu_seqlens is not None or feature_map != "identity":
         return False
-    return query.dtype == compute_dtype(query.dtype) and query.shape[2] >= CHUNK_SIZE  # shorter rows go together
+    return query.dtype == compute_dtype(query.dtype) and query.shape[2] >= TILE_SIZE  # shorter rows go together
 
 
 def chunk_of(span: Span) -> int:
@@ -305,14 +305,11 @@ def walk_norm_attention_back(
         grad_states = grad_states.clone(memory_format=torch.contiguous_format)
     if not causal and is_plain(query, angles, is_real, cu_seqlens, feature_map):
         rows = (query, key, value, grad_output, *grads, states, grad_states)
-        for *row, state, grad_state in zip(*rows, strict=True):
-            tiles = list(zip(*(tensor.split(TILE_SIZE, 1) for tensor in row), strict=True))
-            for q, _, _, do, dq, _, _ in tiles:
-                grad_state.baddbmm_(q.mT, do)
-                torch.bmm(do, state.mT, out=dq)
-            for _, k, v, _, _, dk, dv in tiles:
-                torch.bmm(v, grad_state.mT, out=dk)
-                torch.bmm(k, grad_state, out=dv)
+        for q, k, v, do, dq, dk, dv, state, grad_state in zip(*rows, strict=True):
+            grad_state.baddbmm_(q.mT, do)
+            torch.bmm(do, state.mT, out=dq)
+            torch.bmm(v, grad_state.mT, out=dk)
+            torch.bmm(k, grad_state, out=dv)
         return grads[0], grads[1], grads[2], query.new_empty(0), query.new_empty(0), grad_states
     rotation = rotation_table(angles)
     grad_rotation = torch.zeros_like(rotation) if needs_angles else None
@@ -460,6 +457,10 @@ def walk_diag_attention(
     prepare = Preparation(compute_dtype(query.dtype), "identity", householder)
     weigh = Weights(causal, activation, scale, dropout_p)
     output, table, padding = torch.empty_like(value), rotation_table(angles), padding_of(is_real)
+    if kept is None and is_plain(query, angles, is_real, cu_seqlens) and begins_a_block(positions, block_size):
+        for q, k, v, out in blocks_of_heads((query, key, value, output), block_size):
+            torch.bmm(weigh.forward(q, k, None).squeeze(1), v.squeeze(1), out=out.squeeze(1))
+        return output
     if must_align(positions, cu_seqlens):
         to_blocks = Alignment.of(positions, block_size)
         tensors = tuple(to_blocks.align(tensor) for tensor in (query, key, value, output, kept))

@@ -9,7 +9,7 @@ so that all products of a tile, and also those of one of its chunks, are one con
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import groupby, repeat
 from typing import NamedTuple
 
@@ -18,6 +18,8 @@ import torch
 # In tokens. Long enough that calling torch costs little, short enough for the cache: with one thread and 32 MB of cache
 # the time is flat from 256 to 1024 and longer outside.
 TILE_SIZE = 512
+# The same where a tile is of one head.
+HEAD_TILE_SIZE = 2048
 
 
 class Span(NamedTuple):
@@ -94,6 +96,27 @@ def spans_of(
 def must_align(positions: torch.Tensor, cu_seqlens: torch.Tensor | None) -> bool:
     """Off the CPU a look at the positions would make the host wait for the device, in every layer."""
     return cu_seqlens is None and positions.device.type != "cpu"
+
+
+def begins_a_block(positions: torch.Tensor, block_size: int) -> bool:
+    """Whether the first token of every row does. The host looks at the positions only where that costs nothing."""
+    return positions.device.type == "cpu" and not (positions[..., 0] % block_size).any()
+
+
+def blocks_of_heads(tensors: tuple[torch.Tensor, ...], block_size: int) -> Iterator[list[torch.Tensor]]:
+    """Views of the same blocks of (batch, heads, seq, channels) tensors, (blocks, 1, block, channels), head by head.
+
+    The last block of a head may be shorter and then comes alone.
+    """
+    whole = tensors[0].shape[2] // block_size * block_size
+    step = max(HEAD_TILE_SIZE // block_size, 1) * block_size
+    for row in zip(*tensors, strict=True):
+        for head in zip(*row, strict=True):  # (seq, channels) each
+            for begin in range(0, whole, step):
+                end = min(begin + step, whole)
+                yield [tensor[begin:end].unflatten(0, (-1, 1, block_size)) for tensor in head]
+            if whole < head[0].shape[0]:
+                yield [tensor[whole:][None, None] for tensor in head]
 
 
 class Alignment(NamedTuple):
