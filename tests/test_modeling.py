@@ -637,3 +637,19 @@ def test_packed_sequences_with_a_given_state_are_refused():
     cache = TransNormerCache(model.config)
     with pytest.raises(ValueError, match="packed sequences cannot fill a past_key_values"):
         model(make_ids(1, 4), past_key_values=cache, cu_seq_lens_q=torch.tensor([0, 2, 4]))
+
+
+class TestAttentionImplementation:
+    """`attn_implementation` of transformers chooses among forms of softmax attention, `backend` among forms of ours."""
+
+    def test_eager_is_accepted_and_is_not_the_eager_backend(self, tmp_path):
+        make_model(backend="torch").save_pretrained(tmp_path)
+        model = TransNormerModel.from_pretrained(tmp_path, attn_implementation="eager")
+        assert model.config.backend == "torch"
+        assert TransNormerModel.from_pretrained(tmp_path, backend="eager").config.backend == "eager"
+
+    @pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention"])
+    def test_what_is_not_our_attention_is_refused(self, tmp_path, name):
+        make_model().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="TransNormerModel does not support"):
+            TransNormerModel.from_pretrained(tmp_path, attn_implementation=name)
