@@ -10,36 +10,24 @@ call. A run leaves in `output_dir`: the model, `all_results.json`, GLUE submissi
 """
 
 import copy
-import json
 import logging
-import re
-import shutil
-import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import torch
-import transformers
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
+    TrainerCallback,
     TrainingArguments,
-    set_seed,
 )
 
 import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
@@ -50,10 +38,29 @@ from transnormer_hf.glue import (
     compute_glue_metrics,
     get_task,
     load_glue,
-    write_atomically,
     write_submission,
 )
 from transnormer_hf.model_card import EvaluatedSplit, build_glue_card
+from transnormer_hf.training import (
+    CardTrainer,
+    ModelArguments,
+    Run,
+    RunArguments,
+    TrainingClock,
+    build_model,
+    check_length,
+    check_model_arguments,
+    check_run_arguments,
+    finish_runs,
+    load_config,
+    load_tokenizer,
+    parse_dataclasses,
+    plan_runs,
+    report,
+    set_up_logging,
+    token_fields,
+    update_results,
+)
 
 logger = logging.getLogger("run_glue")
 
@@ -62,28 +69,9 @@ logger = logging.getLogger("run_glue")
 
 
 @dataclass
-class ModelArguments:
+class GlueModelArguments(ModelArguments):
     """Which model to train, and how much of it."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to fine-tune: a folder or a name on the Hub."}
-    )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Configuration to train from scratch: a folder, a json file or a Hub name."}
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "Changes to --config_name, e.g. hidden_size=128,num_hidden_layers=4 (values as in json)."},
-    )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer, if it is not that of --model_name_or_path."}
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    token: str | None = field(default=None, metadata={"help": "Access token for the Hub; default: that of `hf auth`."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code from the Hub. Read it first, and pin --model_revision."}
-    )
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Replace a classification head whose size does not fit the task."}
     )
@@ -123,59 +111,37 @@ class DataArguments:
 
 
 @dataclass
-class RunArguments:
+class GlueRunArguments(RunArguments):
     """What happens around the Trainer."""
 
-    seeds: str | None = field(
-        default=None, metadata={"help": "e.g. 1,2,3: one run each in output_dir/seed_N, and the mean and deviation."}
-    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after this many evaluations without a better --metric_for_best_model."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train anew in a folder that holds a run; its checkpoints are removed."}
     )
 
 
 def parse_arguments(
     argv: Sequence[str] | None = None,
-) -> tuple[ModelArguments, DataArguments, RunArguments, TrainingArguments]:
+) -> tuple[GlueModelArguments, DataArguments, GlueRunArguments, TrainingArguments]:
     """Parse a command line, or the one json file it names, and check what can be checked without loading anything.
 
     Raises:
         ValueError: an argument is wrong or missing; the message names it and what would work.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser([ModelArguments, DataArguments, RunArguments, TrainingArguments])
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        values = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-        model_args, data_args, run_args, training_args = parser.parse_dict({"metric_for_best_model": "best", **values})
-    else:
-        parser.set_defaults(metric_for_best_model="best")
-        model_args, data_args, run_args, training_args = parser.parse_args_into_dataclasses(argv)
+    types = (GlueModelArguments, DataArguments, GlueRunArguments, TrainingArguments)
+    model_args, data_args, run_args, training_args = parse_dataclasses(types, argv, {"metric_for_best_model": "best"})
     task = get_task(data_args.task_name)
     if training_args.metric_for_best_model == "best":
         training_args.metric_for_best_model = task.best_metric if task.metrics else None
     training_args.dataloader_pin_memory &= training_args.device.type != "cpu"
-    check_model_arguments(model_args)
+    check_lora_arguments(model_args)
     check_data_arguments(task, data_args, training_args)
-    check_run_arguments(task, run_args, training_args)
+    check_glue_run_arguments(task, run_args, training_args)
     return model_args, data_args, run_args, training_args
 
 
-def check_model_arguments(args: ModelArguments) -> None:
-    """Raise ValueError unless the arguments name one model, from a checkpoint or from a configuration."""
-    if (args.model_name_or_path is None) == (args.config_name is None):
-        raise ValueError(
-            f"Got --model_name_or_path {args.model_name_or_path} and --config_name {args.config_name}: give one,"
-            " a checkpoint to fine-tune or a configuration to train from scratch."
-        )
-    if args.config_name is not None and args.tokenizer_name is None:
-        raise ValueError(
-            f"--config_name {args.config_name} has no tokenizer: give --tokenizer_name, a folder or a name on the Hub."
-        )
-    if args.config_overrides is not None and args.config_name is None:
-        raise ValueError("--config_overrides changes --config_name; a checkpoint's configuration cannot be changed.")
+def check_lora_arguments(args: GlueModelArguments) -> None:
+    """Raise ValueError unless the arguments name one model, and one that adapters can be added to if they are."""
+    check_model_arguments(args)
     if args.use_lora and args.model_name_or_path is None:
         raise ValueError("--use_lora needs --model_name_or_path: adapters of a random model cannot be loaded again.")
     if args.use_lora and args.lora_r < 1:
@@ -207,8 +173,9 @@ def check_data_arguments(task: GlueTask, args: DataArguments, training_args: Tra
             raise ValueError(f"--{name} {value} must be at least 1.")
 
 
-def check_run_arguments(task: GlueTask, args: RunArguments, training_args: TrainingArguments) -> None:
+def check_glue_run_arguments(task: GlueTask, args: GlueRunArguments, training_args: TrainingArguments) -> None:
     """Raise ValueError unless the seeds, the early stopping and the folder to resume from make sense together."""
+    check_run_arguments(args, training_args)
     metric = training_args.metric_for_best_model
     known = {*task.metrics, task.best_metric, "loss"} if task.metrics else {None}
     if metric is not None and metric.removeprefix("eval_") not in known:
@@ -216,15 +183,6 @@ def check_run_arguments(task: GlueTask, args: RunArguments, training_args: Train
             f"--metric_for_best_model {metric} is not a figure of {task.name}: choose one of"
             f" {', '.join(sorted(map(str, known)))}."
         )
-    if args.seeds is not None:
-        if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
-            raise ValueError(f"--seeds {args.seeds!r} must be whole numbers with commas between them, e.g. 1,2,3.")
-        if len(set(args.seeds.split(","))) < len(args.seeds.split(",")):
-            raise ValueError(f"--seeds {args.seeds} names a seed twice.")
-        if training_args.resume_from_checkpoint:
-            raise ValueError("--resume_from_checkpoint belongs to one run: give --seed N in the place of --seeds.")
-        if training_args.push_to_hub:
-            raise ValueError("--push_to_hub pushes one model: give --seed N in the place of --seeds.")
     if args.early_stopping_patience is not None:
         if args.early_stopping_patience < 1:
             raise ValueError(f"--early_stopping_patience {args.early_stopping_patience} must be at least 1.")
@@ -233,72 +191,17 @@ def check_run_arguments(task: GlueTask, args: RunArguments, training_args: Train
                 "--early_stopping_patience needs --load_best_model_at_end, and --eval_strategy and --save_strategy set"
                 " to the same of epoch and steps."
             )
-    resume = training_args.resume_from_checkpoint
-    if resume and not (Path(resume) / "trainer_state.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint {resume} is not a checkpoint folder: it has no trainer_state.json.")
 
 
 # ---- Model ----
 
 
-def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer of the run, with a padding token.
-
-    Raises:
-        ValueError: there is none where the arguments say.
-    """
-    name = args.tokenizer_name or args.model_name_or_path
-    argument = "--tokenizer_name" if args.tokenizer_name else "--model_name_or_path"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **_hub_options(args))
-    except Exception as error:  # a missing file, an unknown class and a Hub out of reach raise different errors
-        raise ValueError(
-            f"{argument} {name}: no tokenizer could be loaded ({error}). Give --tokenizer_name, a folder with tokenizer"
-            " files or a name on the Hub."
-        ) from error
-    if tokenizer.pad_token is None:
-        logger.warning("The tokenizer %s has no padding token: padding with %r.", name, tokenizer.eos_token)
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_config(args: ModelArguments, task: GlueTask, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def load_glue_config(args: ModelArguments, task: GlueTask, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The configuration of the run, with the task's labels; from scratch also with the tokenizer's size and token ids.
 
     A checkpoint that was trained on the same labels in another order keeps its order.
-
-    Raises:
-        ValueError: there is no such configuration, an override is wrong, or the tokenizer does not fit the checkpoint.
     """
-    name = args.model_name_or_path or args.config_name
-    argument = "--model_name_or_path" if args.model_name_or_path else "--config_name"
-    try:
-        config = AutoConfig.from_pretrained(name, **_hub_options(args))
-    except Exception as error:  # as for the tokenizer
-        raise ValueError(
-            f"{argument} {name}: no configuration could be loaded ({error}). Give a folder with config.json"
-            f"{', a json file' if argument == '--config_name' else ''} or a name on the Hub."
-        ) from error
-    if args.config_name is not None:
-        raw, _ = PreTrainedConfig.get_config_dict(name, **_hub_options(args))
-        overrides = parse_config_overrides(args.config_overrides or "", config)
-        token_ids = {
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": _first(tokenizer.bos_token_id, tokenizer.cls_token_id),
-            "eos_token_id": _first(tokenizer.eos_token_id, tokenizer.sep_token_id),
-        }
-        try:
-            config = type(config)(**{**without_derived_fields(raw, type(config)), **token_ids, **overrides})
-        except Exception as error:  # each configuration class validates in its own way
-            raise ValueError(
-                f"--config_name {name} with --config_overrides {args.config_overrides}: {error}"
-            ) from error
-    elif len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model {name} only {config.vocab_size}:"
-            " give the --tokenizer_name that the model was trained with."
-        )
+    config = load_config(args, token_fields(tokenizer))
     names = [str(config.id2label[number]).lower() for number in sorted(config.id2label)]
     if sorted(names) != sorted(task.labels):
         names = list(task.labels) or ["score"]
@@ -309,65 +212,7 @@ def load_config(args: ModelArguments, task: GlueTask, tokenizer: PreTrainedToken
     return config
 
 
-def parse_config_overrides(text: str, config: PreTrainedConfig) -> dict[str, Any]:
-    """Parse `name=value,name=value`; a value is read as json where it is json, else taken as text.
-
-    Raises:
-        ValueError: an item without "=", or a name that the configuration does not have.
-    """
-    overrides = {}
-    for item in filter(None, re.split(r",(?=\s*\w+\s*=|$)", text)):
-        name, separator, value = (part.strip() for part in item.partition("="))
-        if not separator or not value:
-            raise ValueError(f"--config_overrides {item!r} must have the form name=value.")
-        if not hasattr(config, name) or callable(getattr(config, name)):
-            fields = ", ".join(sorted(config.to_dict()))
-            raise ValueError(
-                f"--config_overrides {item!r}: {type(config).__name__} has no field {name!r}, only {fields}."
-            )
-        try:
-            overrides[name] = json.loads(value)
-        except json.JSONDecodeError:
-            overrides[name] = {"True": True, "False": False, "None": None}.get(value, value)
-    return overrides
-
-
-def without_derived_fields(raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """The entries of a config.json that the class would not fill in by itself.
-
-    What it derives, such as the kind of each layer from their number, then follows the overrides.
-    """
-    whole = config_class(**raw).to_dict()
-    needed = dict(raw)
-    for name in raw:
-        rest = {key: value for key, value in needed.items() if key != name}
-        try:
-            if config_class(**rest).to_dict() == whole:
-                needed = rest
-        except Exception:  # not valid without this entry
-            continue
-    return needed
-
-
-def build_model(args: ModelArguments, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """The classifier to train: a checkpoint or a new model, with LoRA adapters where asked for."""
-    set_seed(seed)  # the head of a checkpoint and all of a new model are random
-    if args.model_name_or_path is None:
-        model = AutoModelForSequenceClassification.from_config(
-            config, dtype=torch.float32, trust_remote_code=args.trust_remote_code
-        )
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            args.model_name_or_path,
-            config=config,
-            dtype=torch.float32,  # a half-precision checkpoint, too: mixed precision is the Trainer's (--bf16, --fp16)
-            ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-            **_hub_options(args),
-        )
-    return add_lora(model, args) if args.use_lora else model
-
-
-def add_lora(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:
+def add_lora(model: PreTrainedModel, args: GlueModelArguments) -> PreTrainedModel:
     """Freeze the model but its head and add LoRA adapters to the modules that peft lists for its type."""
     try:
         from peft import LoraConfig, TaskType, get_peft_model
@@ -383,19 +228,6 @@ def add_lora(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:
         raise ValueError(
             f"--use_lora: peft cannot adapt a model of type {model.config.model_type!r}: {error}"
         ) from error
-
-
-def _hub_options(args: ModelArguments) -> dict[str, Any]:
-    return {
-        "cache_dir": args.cache_dir,
-        "revision": args.model_revision,
-        "token": args.token,
-        "trust_remote_code": args.trust_remote_code,
-    }
-
-
-def _first(*values: int | None) -> int | None:
-    return next((value for value in values if value is not None), None)
 
 
 # ---- Data ----
@@ -419,14 +251,14 @@ def prepare_data(
     cache_dir: str | None,
 ) -> GlueData:
     """Load the splits that the run needs, cut them to the sizes asked for, and tokenise them."""
-    max_length = sequence_length(args, tokenizer, config)
+    check_length("max_seq_length", args.max_seq_length, config, tokenizer.model_max_length)
     label_ids = {task_id: config.label2id[name] for task_id, name in enumerate(task.labels)}
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(
             *(rows[name] for name in task.texts),
             truncation=True,
-            max_length=max_length,
+            max_length=args.max_seq_length,
             padding="max_length" if args.pad_to_max_length else False,
         )
         if "label" in rows:
@@ -465,108 +297,31 @@ def prepare_data(
         )
 
 
-def sequence_length(args: DataArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
-    """The length that inputs are cut to.
-
-    Raises:
-        ValueError: `--max_seq_length` is more than the model has positions for.
-    """
-    has_table = getattr(config, "position_embedding", "learned") == "learned"
-    limit = min(getattr(config, "max_position_embeddings", None) or args.max_seq_length, tokenizer.model_max_length)
-    if has_table and args.max_seq_length > limit:
-        raise ValueError(
-            f"--max_seq_length {args.max_seq_length} is more than the {limit} tokens that the model takes."
-        )
-    return args.max_seq_length
-
-
 # ---- Runs ----
-
-
-class GlueTrainer(Trainer):
-    """A Trainer whose model card is this project's, so that `push_to_hub` uploads it and not a draft."""
-
-    card: str | None = None
-
-    def create_model_card(self, **_: Any) -> None:
-        """Write the card of the run to `output_dir/README.md`, once it is known."""
-        if self.card is not None and self.is_world_process_zero():
-            write_atomically(Path(self.args.output_dir) / "README.md", self.card)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what the command line asks for and return what `all_results.json` holds at the end."""
     model_args, data_args, run_args, training_args = parse_arguments(argv)
-    set_up_logging(training_args)
+    set_up_logging("run_glue", training_args)
     task = get_task(data_args.task_name)
-    root = Path(training_args.output_dir)
-    seeds = [int(seed) for seed in run_args.seeds.split(",")] if run_args.seeds else []
-    runs = {root / f"seed_{seed}": seed for seed in seeds} or {root: training_args.seed}
-    checkpoints = {folder: find_checkpoint(folder, run_args, training_args) for folder in runs}
-
+    runs = plan_runs(run_args, training_args)
     tokenizer = load_tokenizer(model_args)
-    config = load_config(model_args, task, tokenizer)
+    config = load_glue_config(model_args, task, tokenizer)
     data = prepare_data(task, data_args, training_args, tokenizer, config, model_args.cache_dir)
     results = []
-    for folder, seed in runs.items():
-        args = copy.copy(training_args)
-        args.output_dir, args.seed = str(folder), seed
-        model = build_model(model_args, copy.deepcopy(config), seed)
-        results.append(run(task, model, tokenizer, data, model_args, data_args, run_args, args, checkpoints[folder]))
-    if not seeds:
-        return results[0]
-    summary = summarize_seeds(seeds, results)
-    if training_args.should_save:
-        summary = update_results(root, summary)
-        for name in (name for name in summary if name.endswith("_std")):
-            mean = name.removesuffix("_std")
-            logger.info("%s over seeds %s: %.4f ± %.4f", mean, run_args.seeds, summary[mean], summary[name])
-    return summary
-
-
-def set_up_logging(training_args: TrainingArguments) -> None:
-    """Log the main process at the level of `--log_level`, the others at that of `--log_level_replica`."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    level = training_args.get_process_log_level()
-    # "passive", the default, would hide this script's own few lines.
-    own_level = logging.INFO if training_args.log_level == "passive" and training_args.should_log else level
-    for name in ("run_glue", "transnormer_hf"):
-        logging.getLogger(name).setLevel(own_level)
-    datasets.utils.logging.set_verbosity(level)
-    if training_args.disable_tqdm:
-        datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity(level)
-    transformers.utils.logging.enable_default_handler()
-    transformers.utils.logging.enable_explicit_format()
-
-
-def find_checkpoint(folder: Path, run_args: RunArguments, training_args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from: the one given, else the last whole one in the folder, else none.
-
-    Raises:
-        ValueError: training would overwrite a folder that holds something else.
-    """
-    if training_args.resume_from_checkpoint or not training_args.do_train:
-        return training_args.resume_from_checkpoint
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    found.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    # A run that was killed while saving leaves a folder without the file that is written last.
-    whole = [path for path in found if (path / "trainer_state.json").is_file()]
-    if run_args.overwrite_output_dir:
-        if found and training_args.should_save:
-            logger.warning("--overwrite_output_dir: removing %s.", ", ".join(map(str, found)))
-            for path in found:
-                shutil.rmtree(path)
-        return None
-    if whole:
-        logger.info("Going on from %s; train anew with --overwrite_output_dir.", whole[-1])
-        return str(whole[-1])
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(
-            f"--output_dir {folder} holds files but no checkpoint to go on from: give another folder or"
-            " --overwrite_output_dir."
+    for planned in runs:
+        model = build_model(
+            AutoModelForSequenceClassification,
+            model_args,
+            copy.deepcopy(config),
+            planned.args.seed,
+            ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
         )
-    return None
+        if model_args.use_lora:
+            model = add_lora(model, model_args)
+        results.append(run(task, model, tokenizer, data, model_args, data_args, run_args, planned))
+    return finish_runs(run_args, training_args, results)
 
 
 def run(
@@ -574,13 +329,13 @@ def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: GlueData,
-    model_args: ModelArguments,
+    model_args: GlueModelArguments,
     data_args: DataArguments,
-    run_args: RunArguments,
-    training_args: TrainingArguments,
-    checkpoint: str | None,
+    run_args: GlueRunArguments,
+    planned: Run,
 ) -> dict[str, Any]:
     """Train, evaluate and predict with one seed; returns what the folder's `all_results.json` then holds."""
+    training_args = planned.args
     names = model.config.id2label
     task_ids = np.array([task.labels.index(names[number]) for number in range(len(task.labels))], dtype=int)
 
@@ -593,8 +348,10 @@ def run(
         references = labels.reshape(-1) if task.is_regression else task_ids[labels]
         return compute_glue_metrics(task, decode(prediction.predictions), references)
 
-    patience = run_args.early_stopping_patience
-    trainer = GlueTrainer(
+    callbacks: list[TrainerCallback] = [TrainingClock(run_args.max_minutes)]
+    if run_args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(run_args.early_stopping_patience))
+    trainer = CardTrainer(
         model=model,
         args=training_args,
         train_dataset=data.train,
@@ -602,7 +359,7 @@ def run(
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
         compute_metrics=compute_metrics,
-        callbacks=[EarlyStoppingCallback(patience)] if patience is not None else None,
+        callbacks=callbacks,
     )
     results: dict[str, Any] = {"task_name": task.name}
 
@@ -612,7 +369,7 @@ def run(
             "parameters": model.num_parameters(),
             "trainable_parameters": model.num_parameters(only_trainable=True),
         }
-        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        outcome = trainer.train(resume_from_checkpoint=planned.checkpoint)
         results |= report(trainer, "train", {**outcome.metrics, "train_samples": len(data.train)})
         trainer.save_model()
         trainer.save_state()
@@ -655,13 +412,6 @@ def run(
     return results
 
 
-def report(trainer: Trainer, step: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Print the figures of a step and keep them in `<step>_results.json`."""
-    trainer.log_metrics(step, metrics)
-    trainer.save_metrics(step, metrics, combined=False)
-    return metrics
-
-
 def describe_source(task: GlueTask, args: DataArguments, split: str) -> str:
     """Where the rows of a split came from, in words; never a path of this machine."""
     if not args.files:
@@ -683,34 +433,6 @@ def describe_split(task: GlueTask, args: DataArguments, split: str, metrics: Map
         is_cut=args.max_eval_samples is not None and metrics["eval_samples"] == args.max_eval_samples,
         metrics={name: metrics[f"eval_{name}"] for name in task.metrics},
     )
-
-
-def summarize_seeds(seeds: Sequence[int], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean, sample standard deviation and single values of every evaluation figure over the seeds."""
-    summary: dict[str, Any] = {"task_name": results[0]["task_name"], "seeds": list(seeds)}
-    for name in results[0]:
-        if not name.startswith("eval_") or "samples" in name or "runtime" in name or "per_second" in name:
-            continue
-        values = [float(result[name]) for result in results]
-        summary[name] = statistics.mean(values)
-        summary[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-        summary[f"{name}_values"] = values
-    return summary
-
-
-def update_results(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Add results to the folder's `all_results.json`, keeping what is there, and return the whole."""
-    path = folder / "all_results.json"
-    known: dict[str, Any] = {}
-    if path.exists():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            kept = path.replace(path.with_suffix(".json.unreadable"))
-            logger.warning("%s is not json: kept as %s.", path, kept)
-    merged = {**known, **results}
-    write_atomically(path, json.dumps(merged, indent=2, sort_keys=True) + "\n")
-    return merged
 
 
 if __name__ == "__main__":

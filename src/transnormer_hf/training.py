@@ -1,0 +1,471 @@
+"""What surrounds the Trainer in every training script: which model, which runs, what is left on disk.
+
+The scripts under `scripts/` share their model arguments, seeds, checkpoints to go on from, time limit, logging and
+result files through this module.
+"""
+
+import copy
+import json
+import logging
+import re
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from .glue import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+# ---- Arguments ----
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to go on with: a folder or a name on the Hub."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration to train from scratch: a folder, a json file or a Hub name."}
+    )
+    model_type: str | None = field(
+        default=None,
+        metadata={"help": "Type to train from scratch with its default configuration: bert, gpt2, llama, ..."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Changes to --config_name or --model_type, e.g. hidden_size=128,num_hidden_layers=4 (as in json)."
+        },
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer, if it is not that of --model_name_or_path."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Access token for the Hub; default: that of `hf auth`."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code from the Hub. Read it first, and pin --model_revision."}
+    )
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """The argument that names the model, and its value."""
+        given = [(name, value) for name in MODEL_SOURCES if (value := getattr(self, name)) is not None]
+        return given[0]
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained`."""
+        return {
+            "cache_dir": self.cache_dir,
+            "revision": self.model_revision,
+            "token": self.token,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+MODEL_SOURCES = ("model_name_or_path", "config_name", "model_type")
+
+
+@dataclass
+class RunArguments:
+    """What happens around the Trainer."""
+
+    seeds: str | None = field(
+        default=None, metadata={"help": "e.g. 1,2,3: one run each in output_dir/seed_N, and the mean and deviation."}
+    )
+    max_minutes: float | None = field(
+        default=None, metadata={"help": "Stop training after this much time; evaluation and saving do not count."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train anew in a folder that holds a run; its checkpoints are removed."}
+    )
+
+
+def parse_dataclasses(
+    types: Sequence[type], argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> tuple[Any, ...]:
+    """Parse a command line, or the one json file it names, into one object of each type; `defaults` replace theirs."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(list(types))
+    if (values := _json_arguments(argv)) is not None:
+        return parser.parse_dict({**(defaults or {}), **values})
+    parser.set_defaults(**(defaults or {}))
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def given_value(name: str, argv: Sequence[str] | None = None) -> str | None:
+    """The value that a command line, or the json file it names, gives to an argument; None if it does not."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if (values := _json_arguments(argv)) is not None:
+        return None if values.get(name) is None else str(values[name])
+    value = None
+    for position, part in enumerate(argv):
+        if part.startswith(f"--{name}="):
+            value = part.partition("=")[2]
+        elif part == f"--{name}" and position + 1 < len(argv):
+            value = argv[position + 1]
+    return value
+
+
+def _json_arguments(argv: Sequence[str]) -> dict[str, Any] | None:
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        return json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    return None
+
+
+def check_model_arguments(args: ModelArguments, *, needs_tokenizer: bool = True) -> None:
+    """Raise ValueError unless the arguments name one model, from a checkpoint or from a configuration."""
+    if sum(getattr(args, name) is not None for name in MODEL_SOURCES) != 1:
+        got = ", ".join(f"--{name} {getattr(args, name)}" for name in MODEL_SOURCES)
+        raise ValueError(
+            f"Got {got}: give one, a checkpoint to go on with, or a configuration or a type to train from scratch."
+        )
+    name, value = args.source
+    if args.model_type is not None and args.model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"--model_type {value} is not known: give one such as bert, gpt2, llama or transnormer_hf (with the"
+            " spelling of config.json), or a configuration with --config_name."
+        )
+    if args.model_name_or_path is None and needs_tokenizer and args.tokenizer_name is None:
+        raise ValueError(f"--{name} {value} has no tokenizer: give --tokenizer_name, a folder or a name on the Hub.")
+    if args.config_overrides is not None and args.model_name_or_path is not None:
+        raise ValueError(
+            "--config_overrides changes --config_name or --model_type; a checkpoint's configuration cannot be changed."
+        )
+
+
+def check_run_arguments(args: RunArguments, training_args: TrainingArguments) -> None:
+    """Raise ValueError unless the seeds, the time limit and the folder to resume from make sense together."""
+    if args.seeds is not None:
+        if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
+            raise ValueError(f"--seeds {args.seeds!r} must be whole numbers with commas between them, e.g. 1,2,3.")
+        if len(set(args.seeds.split(","))) < len(args.seeds.split(",")):
+            raise ValueError(f"--seeds {args.seeds} names a seed twice.")
+        if training_args.resume_from_checkpoint:
+            raise ValueError("--resume_from_checkpoint belongs to one run: give --seed N in the place of --seeds.")
+        if training_args.push_to_hub:
+            raise ValueError("--push_to_hub pushes one model: give --seed N in the place of --seeds.")
+    if args.max_minutes is not None and args.max_minutes <= 0:
+        raise ValueError(f"--max_minutes {args.max_minutes} must be more than 0.")
+    resume = training_args.resume_from_checkpoint
+    if resume and not (Path(resume) / "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {resume} is not a checkpoint folder: it has no trainer_state.json.")
+
+
+# ---- Model ----
+
+
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run, with a padding token.
+
+    Raises:
+        ValueError: there is none where the arguments say.
+    """
+    name = args.tokenizer_name or args.model_name_or_path
+    argument = "--tokenizer_name" if args.tokenizer_name else "--model_name_or_path"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **args.hub_options)
+    except Exception as error:  # a missing file, an unknown class and a Hub out of reach raise different errors
+        raise ValueError(
+            f"{argument} {name}: no tokenizer could be loaded ({error}). Give --tokenizer_name, a folder with tokenizer"
+            " files or a name on the Hub."
+        ) from error
+    if tokenizer.pad_token is None:
+        logger.warning("The tokenizer %s has no padding token: padding with %r.", name, tokenizer.eos_token)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def token_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """The fields of a configuration that follow from the tokenizer."""
+    return {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": _first(tokenizer.bos_token_id, tokenizer.cls_token_id),
+        "eos_token_id": _first(tokenizer.eos_token_id, tokenizer.sep_token_id),
+    }
+
+
+def load_config(args: ModelArguments, fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration of the run; from scratch with `fields` and the overrides, in which the latter win.
+
+    Args:
+        args: Names a checkpoint, a configuration or a model type.
+        fields: What the data fix, such as `token_fields`.
+
+    Raises:
+        ValueError: there is no such configuration, an override is wrong, or the checkpoint's vocabulary is smaller
+            than that of `fields`.
+    """
+    argument, name = args.source
+    try:
+        config = CONFIG_MAPPING[name]() if args.model_type else AutoConfig.from_pretrained(name, **args.hub_options)
+    except Exception as error:  # as for the tokenizer
+        raise ValueError(
+            f"--{argument} {name}: no configuration could be loaded ({error}). Give a folder with config.json"
+            f"{', a json file' if argument == 'config_name' else ''} or a name on the Hub."
+        ) from error
+    if args.model_name_or_path is not None:
+        if fields.get("vocab_size", 0) > config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {fields['vocab_size']} tokens and the model {name} only {config.vocab_size}:"
+                " give the --tokenizer_name that the model was trained with."
+            )
+        return config
+    raw = {} if args.model_type else PreTrainedConfig.get_config_dict(name, **args.hub_options)[0]
+    overrides = parse_config_overrides(args.config_overrides or "", config)
+    try:
+        return type(config)(**{**without_derived_fields(raw, type(config)), **fields, **overrides})
+    except Exception as error:  # each configuration class validates in its own way
+        raise ValueError(f"--{argument} {name} with --config_overrides {args.config_overrides}: {error}") from error
+
+
+def parse_config_overrides(text: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """Parse `name=value,name=value`; a value is read as json where it is json, else taken as text.
+
+    Raises:
+        ValueError: an item without "=", or a name that the configuration does not have.
+    """
+    overrides = {}
+    for item in filter(None, re.split(r",(?=\s*\w+\s*=|$)", text)):
+        name, separator, value = (part.strip() for part in item.partition("="))
+        if not separator or not value:
+            raise ValueError(f"--config_overrides {item!r} must have the form name=value.")
+        if not hasattr(config, name) or callable(getattr(config, name)):
+            fields = ", ".join(sorted(config.to_dict()))
+            raise ValueError(
+                f"--config_overrides {item!r}: {type(config).__name__} has no field {name!r}, only {fields}."
+            )
+        try:
+            overrides[name] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return overrides
+
+
+def without_derived_fields(raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The entries of a config.json that the class would not fill in by itself.
+
+    What it derives, such as the kind of each layer from their number, then follows the overrides.
+    """
+    whole = config_class(**raw).to_dict()
+    needed = dict(raw)
+    for name in raw:
+        rest = {key: value for key, value in needed.items() if key != name}
+        try:
+            if config_class(**rest).to_dict() == whole:
+                needed = rest
+        except Exception:  # not valid without this entry
+            continue
+    return needed
+
+
+def build_model(auto_class: Any, args: ModelArguments, config: PreTrainedConfig, seed: int, **kwargs: Any) -> Any:
+    """A checkpoint, or a new model of `config`, by an Auto class; `kwargs` are for `from_pretrained`."""
+    set_seed(seed)  # all of a new model is random, and so is a new head of a checkpoint
+    if args.model_name_or_path is None:
+        return auto_class.from_config(config, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
+    return auto_class.from_pretrained(
+        args.model_name_or_path,
+        config=config,
+        dtype=torch.float32,  # a half-precision checkpoint, too: mixed precision is the Trainer's (--bf16, --fp16)
+        **kwargs,
+        **args.hub_options,
+    )
+
+
+def check_length(argument: str, length: int, config: PreTrainedConfig, limit: int | None = None) -> None:
+    """Raise ValueError if `length` tokens are more than the model has positions for, or than `limit`."""
+    has_table = getattr(config, "position_embedding", "learned") == "learned"
+    limits = [number for number in (getattr(config, "max_position_embeddings", None), limit) if number]
+    if has_table and limits and length > min(limits):
+        raise ValueError(f"--{argument} {length} is more than the {min(limits)} tokens that the model takes.")
+
+
+def _first(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
+
+
+# ---- Runs ----
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its arguments, with its own folder and seed, and the checkpoint it goes on from."""
+
+    args: TrainingArguments
+    checkpoint: str | None
+
+
+def plan_runs(run_args: RunArguments, training_args: TrainingArguments) -> list[Run]:
+    """The run in `output_dir`, or one for each seed in `output_dir/seed_N`."""
+    root = Path(training_args.output_dir)
+    seeds = [int(seed) for seed in run_args.seeds.split(",")] if run_args.seeds else []
+    folders = {root / f"seed_{seed}": seed for seed in seeds} or {root: training_args.seed}
+    runs = []
+    for folder, seed in folders.items():
+        args = copy.copy(training_args)
+        args.output_dir, args.seed = str(folder), seed
+        runs.append(Run(args, find_checkpoint(folder, run_args, training_args)))
+    return runs
+
+
+def finish_runs(
+    run_args: RunArguments, training_args: TrainingArguments, results: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The results of the one run, or the summary over the seeds, which is also written to `output_dir`."""
+    if not run_args.seeds:
+        return results[0]
+    summary = summarize_seeds([int(seed) for seed in run_args.seeds.split(",")], results)
+    if training_args.should_save:
+        summary = update_results(Path(training_args.output_dir), summary)
+        for name in (name for name in summary if name.endswith("_std")):
+            mean = name.removesuffix("_std")
+            logger.info("%s over seeds %s: %.4f ± %.4f", mean, run_args.seeds, summary[mean], summary[name])
+    return summary
+
+
+def find_checkpoint(folder: Path, run_args: RunArguments, training_args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: the one given, else the last whole one in the folder, else none.
+
+    Raises:
+        ValueError: training would overwrite a folder that holds something else.
+    """
+    if training_args.resume_from_checkpoint or not training_args.do_train:
+        return training_args.resume_from_checkpoint
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    found.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    # A run that was killed while saving leaves a folder without the file that is written last.
+    whole = [path for path in found if (path / "trainer_state.json").is_file()]
+    if run_args.overwrite_output_dir:
+        if found and training_args.should_save:
+            logger.warning("--overwrite_output_dir: removing %s.", ", ".join(map(str, found)))
+            for path in found:
+                shutil.rmtree(path)
+        return None
+    if whole:
+        logger.info("Going on from %s; train anew with --overwrite_output_dir.", whole[-1])
+        return str(whole[-1])
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"--output_dir {folder} holds files but no checkpoint to go on from: give another folder or"
+            " --overwrite_output_dir."
+        )
+    return None
+
+
+def set_up_logging(script: str, training_args: TrainingArguments) -> None:
+    """Log the main process at the level of `--log_level`, the others at that of `--log_level_replica`."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    level = training_args.get_process_log_level()
+    # "passive", the default, would hide this project's own few lines.
+    own_level = logging.INFO if training_args.log_level == "passive" and training_args.should_log else level
+    for name in (script, "transnormer_hf"):
+        logging.getLogger(name).setLevel(own_level)
+    datasets.utils.logging.set_verbosity(level)
+    if training_args.disable_tqdm:
+        datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity(level)
+    transformers.utils.logging.enable_default_handler()
+    transformers.utils.logging.enable_explicit_format()
+
+
+class CardTrainer(Trainer):
+    """A Trainer whose model card is this project's, so that `push_to_hub` uploads it and not a draft."""
+
+    card: str | None = None
+
+    def create_model_card(self, **_: Any) -> None:
+        """Write the card of the run to `output_dir/README.md`, once it is known."""
+        if self.card is not None and self.is_world_process_zero():
+            write_atomically(Path(self.args.output_dir) / "README.md", self.card)
+
+
+class TrainingClock(TrainerCallback):
+    """Measures the time spent in training steps, across resumes, logs it as `train_minutes`, and ends training in time.
+
+    Evaluation and saving do not count, so runs with equal limits have the same time to learn in.
+    """
+
+    def __init__(self, max_minutes: float | None = None):
+        self.max_minutes = max_minutes
+        self.seconds, self._step_began = 0.0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        known = [entry["train_minutes"] for entry in state.log_history if "train_minutes" in entry]
+        self.seconds = 60 * max(known, default=0.0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._step_began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self._step_began
+        if self.max_minutes is not None and self.seconds >= 60 * self.max_minutes:
+            control.should_training_stop = True
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        state.log_history[-1]["train_minutes"] = self.seconds / 60
+
+
+# ---- Results ----
+
+
+def report(trainer: Trainer, step: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Print the figures of a step and keep them in `<step>_results.json`."""
+    trainer.log_metrics(step, metrics)
+    trainer.save_metrics(step, metrics, combined=False)
+    return metrics
+
+
+def summarize_seeds(seeds: Sequence[int], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean, sample standard deviation and single values of every evaluation and test figure over the seeds."""
+    summary: dict[str, Any] = {"task_name": results[0]["task_name"], "seeds": list(seeds)}
+    for name in results[0]:
+        if not name.startswith(("eval_", "test_")) or "samples" in name or "runtime" in name or "per_second" in name:
+            continue
+        values = [float(result[name]) for result in results]
+        summary[name] = statistics.mean(values)
+        summary[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        summary[f"{name}_values"] = values
+    return summary
+
+
+def update_results(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Add results to the folder's `all_results.json`, keeping what is there, and return the whole."""
+    path = folder / "all_results.json"
+    known: dict[str, Any] = {}
+    if path.exists():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            kept = path.replace(path.with_suffix(".json.unreadable"))
+            logger.warning("%s is not json: kept as %s.", path, kept)
+    merged = {**known, **results}
+    write_atomically(path, json.dumps(merged, indent=2, sort_keys=True) + "\n")
+    return merged
