@@ -173,3 +173,52 @@ def test_the_packaged_template_is_the_one_among_the_cards():
     assert packaged.is_symlink()
     assert not os.path.isabs(os.readlink(packaged))
     assert packaged.resolve() == Path(__file__).parents[1] / "model_cards" / "template.md"
+
+
+# ---- Pre-training and other tasks ----
+
+
+def build_training(model=None, **changes) -> ModelCard:
+    options = {
+        "model": model or tiny_transnormer(),
+        "training_args": TrainingArguments(output_dir="runs/tiny", use_cpu=True, seed=3),
+        "task": "causal language modelling",
+        "pipeline_tag": "text-generation",
+        "dataset": "Salesforce/wikitext",
+        "base_model": None,
+        "train_source": "split train of Salesforce/wikitext",
+        "max_seq_length": 512,
+        "metric_titles": {"token_perplexity": "Perplexity per token", "word_perplexity": "Perplexity per word"},
+        "evaluated": [
+            EvaluatedSplit("test", "split test", 9, False, {"token_perplexity": 30.5, "word_perplexity": 99.0})
+        ],
+        "notes": ["Windows do not overlap."],
+        "sample": "The end ``` of it.",
+        "results": RESULTS,
+    }
+    return model_card.build_training_card(**{**options, **changes})
+
+
+def test_a_pretraining_card_has_the_metadata_of_its_task():
+    data = build_training().data
+    assert data.pipeline_tag == "text-generation"
+    assert data.datasets == ["Salesforce/wikitext"]
+    assert set(data.tags) == {"custom_code", "transnormer_hf"}
+    assert [(result.metric_type, result.metric_name, result.metric_value) for result in data.eval_results] == [
+        ("perplexity", "Perplexity per token", 30.5),
+        ("perplexity", "Perplexity per word", 99.0),
+    ]
+
+
+def test_a_pretraining_card_tells_figures_how_they_were_measured_and_a_sample():
+    text = str(build_training())
+    assert "| split test | 9 | 30.5000 | 99.0000 |" in text
+    assert "with seed 3. Windows do not overlap." in text
+    assert "```text\nThe end  of it.\n```" in text
+    assert 'AutoModelForCausalLM.from_pretrained(\n    "tiny",\n    revision="COMMIT"' in text
+    assert "Trained on 256 rows (split train of Salesforce/wikitext)" in text
+
+
+def test_a_card_of_a_stream_names_no_number_of_rows():
+    results = {name: value for name, value in RESULTS.items() if name != "train_samples"}
+    assert "Trained on a stream of rows (split train" in str(build_training(results=results))

@@ -1,4 +1,4 @@
-"""The model card of a fine-tuned model: what was trained on what, what was measured, how to load it."""
+"""The model card of a trained model: what was trained on what, what was measured, how to load it."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +21,12 @@ METRIC_TITLES = {
     "matthews_correlation": "Matthews correlation",
     "pearson": "Pearson correlation",
     "spearmanr": "Spearman correlation",
+}
+# The class that loads a model for the task.
+AUTO_CLASSES = {
+    "text-generation": "AutoModelForCausalLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
 }
 PACKAGES = ("transnormer-hf", "transformers", "torch", "datasets", "tokenizers", "accelerate", "peft")
 
@@ -67,9 +73,7 @@ def build_glue_card(
     lora = getattr(model, "peft_config", {}).get("default")
     trained = model.get_base_model() if lora is not None else model
     custom_code = not type(trained).__module__.startswith("transformers.")
-    hub_base = base_model if base_model and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model) else None
-    if base_model and Path(base_model).exists():
-        hub_base = None
+    hub_base = _hub_name(base_model)
     model_id = training_args.hub_model_id or _folder_name(training_args)  # the Hub's default, too
     architecture = describe_architecture(config)
     origin = (
@@ -129,6 +133,108 @@ def build_glue_card(
         training_note=_training_note(train_source, training_args, results),
         hyperparameter_table=_table(
             ["hyperparameter", "value"], hyperparameters(training_args, max_seq_length, lora).items()
+        ),
+        environment_table=_table(["", "version"], environment(training_args).items()),
+    )
+
+
+def build_training_card(
+    *,
+    model: Any,
+    training_args: TrainingArguments,
+    task: str,
+    pipeline_tag: str,
+    dataset: str | None,
+    base_model: str | None,
+    train_source: str,
+    max_seq_length: int,
+    metric_titles: Mapping[str, str],
+    evaluated: Sequence[EvaluatedSplit],
+    notes: Sequence[str],
+    sample: str,
+    results: Mapping[str, Any],
+) -> ModelCard:
+    """The card of a model that was pre-trained, or trained on a task other than GLUE, from the same template.
+
+    Args:
+        model: The trained model.
+        training_args: The arguments it was trained with.
+        task: What it learned, in words: "causal language modelling".
+        pipeline_tag: The task's name on the Hub.
+        dataset: Name of the data set on the Hub, None for files.
+        base_model: Checkpoint that training began with, None for a new model.
+        train_source: In words, where the training rows came from.
+        max_seq_length: Tokens per row.
+        metric_titles: Figure -> what it is, in words; the columns of the table.
+        evaluated: The evaluations made after training.
+        notes: How the figures were measured.
+        sample: Something that the model says, or nothing.
+        results: The figures of the run, as in `all_results.json`.
+    """
+    custom_code = not type(model).__module__.startswith("transformers.")
+    hub_base = _hub_name(base_model)
+    model_id = training_args.hub_model_id or _folder_name(training_args)
+    architecture = describe_architecture(model.config)
+    origin = f"trained further from {hub_base or Path(base_model).name}" if base_model else "trained from scratch"
+    tags = [model.config.model_type, *(["custom_code"] if custom_code else [])]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        tags=tags,
+        datasets=[dataset] if dataset else None,
+        base_model=hub_base,
+        model_name=model_id.rpartition("/")[2],
+        eval_results=[
+            EvalResult(
+                task_type=pipeline_tag,
+                task_name=task.capitalize(),
+                dataset_type=dataset or "other",
+                dataset_name=split.source,
+                dataset_split=split.split,
+                metric_type="perplexity" if "perplexity" in name else name,
+                metric_name=metric_titles[name],
+                metric_value=round(value, 6),
+            )
+            for split in evaluated
+            for name, value in split.metrics.items()
+        ]
+        or None,
+    )
+    pinned = (
+        ',\n    revision="COMMIT",  # the full hash of the commit that you have read\n    trust_remote_code=True,\n'
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=(resources.files(__package__) / "model_card_template.md").read_text(encoding="utf-8"),
+        title=f"{data.model_name}: {architecture} for {task}",
+        summary=f"{architecture} with {results['parameters'] / 1e6:.2f} M parameters, {origin} on {task}.",
+        results_table=_table(
+            ["data", "rows", *metric_titles.values()],
+            (
+                [split.source, split.rows, *(f"{split.metrics.get(name, float('nan')):.4f}" for name in metric_titles)]
+                for split in evaluated
+            ),
+        )
+        if evaluated
+        else "",
+        results_note=" ".join([_results_note(training_args), *notes]),
+        loading_code=(
+            f"from transformers import AutoTokenizer, {AUTO_CLASSES[pipeline_tag]}\n\n"
+            f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n'
+            f'model = {AUTO_CLASSES[pipeline_tag]}.from_pretrained(\n    "{model_id}"{pinned if custom_code else ","}'
+            f"{'' if custom_code else chr(10)})"
+        ),
+        custom_code=custom_code,
+        output_note=f"A sample of what it says:\n\n```text\n{sample.replace('```', '')}\n```" if sample else "",
+        intended_use=f"Made to study {architecture} on {task} with sequences of {max_seq_length} tokens.",
+        limits=[
+            "Measured on no other data than the table above says; expect less on other kinds of data.",
+            "It repeats the biases of its training data. They have not been measured.",
+            "Not made for decisions about people.",
+        ],
+        training_note=_training_note(train_source, training_args, results),
+        hyperparameter_table=_table(
+            ["hyperparameter", "value"], hyperparameters(training_args, max_seq_length).items()
         ),
         environment_table=_table(["", "version"], environment(training_args).items()),
     )
@@ -198,6 +304,13 @@ def environment(args: TrainingArguments) -> dict[str, str]:
     return {**versions, "device": f"{args.world_size} x {device}"}
 
 
+def _hub_name(base_model: str | None) -> str | None:
+    """The name if it is one on the Hub, and not a folder here."""
+    if base_model and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model) and not Path(base_model).exists():
+        return base_model
+    return None
+
+
 def _folder_name(args: TrainingArguments) -> str:
     folder = Path(args.output_dir or ".").resolve()
     return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("seed_") else folder.name
@@ -214,7 +327,8 @@ def _results_note(args: TrainingArguments) -> str:
 
 
 def _training_note(source: str, args: TrainingArguments, results: Mapping[str, Any]) -> str:
-    note = f"Trained on {results['train_samples']} rows ({source})"
+    rows = f"{results['train_samples']} rows" if "train_samples" in results else "a stream of rows"
+    note = f"Trained on {rows} ({source})"
     if results.get("epoch") is not None:
         note += f" for {results['epoch']:.2f} epochs"
     if results.get("train_loss") is not None:

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -431,6 +432,18 @@ class TrainingClock(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         state.log_history[-1]["train_minutes"] = self.seconds / 60
+
+
+def change_factors(scheduler: Any, change: Callable[[Callable[[int], float]], Callable[[int], float]]) -> Any:
+    """The scheduler with each factor of the learning rate, a function of the step, replaced by `change` of it.
+
+    One that does not work by factors is returned as it is.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return scheduler
+    for group in scheduler.optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
+    return LambdaLR(scheduler.optimizer, [change(factor) for factor in scheduler.lr_lambdas])
 
 
 # ---- Results ----

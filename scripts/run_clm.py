@@ -1,0 +1,62 @@
+#!/usr/bin/env python
+"""Pre-train a causal language model, measure its perplexity, and let it write.
+
+    python scripts/run_clm.py --preset wikitext103-clm --config_name model_cards/transnormer-t2-wikitext103 \\
+        --tokenizer_name gpt2 --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 \\
+        --do_train --do_eval --do_predict --output_dir out
+    python scripts/run_clm.py --model_type llama --config_overrides hidden_size=256,num_hidden_layers=4 \\
+        --tokenizer_name gpt2 --train_file train.txt --validation_file valid.txt --do_train --do_eval --output_dir out
+
+Any model that `AutoModelForCausalLM` knows can be trained, so a rival of the same size is the same call. Documents are
+packed into rows in which they do not see each other. `--do_eval` and `--do_predict` give the perplexity on the
+validation and the test text, per token and per word.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
+from transnormer_hf.pretraining import Objective, PretrainingArguments, end_of_text, pretrain
+
+
+@dataclass
+class DataArguments(PretrainingArguments):
+    """Which text to learn from, and what to write at the end."""
+
+    block_size: int = field(default=512, metadata={"help": "Tokens per row."})
+    prompt: str = field(default="", metadata={"help": "Beginning of the text that the trained model continues."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Length of that text; 0 writes none."})
+
+
+def write_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: DataArguments, seed: int) -> str:
+    """What the model writes after the prompt, drawn from its 50 likeliest tokens at each step."""
+    if args.max_new_tokens < 1:
+        return ""
+    set_seed(seed)
+    tokens = [end_of_text(tokenizer), *tokenizer(args.prompt, add_special_tokens=False)["input_ids"]]
+    model.eval()
+    written = model.generate(
+        torch.tensor([tokens], device=model.device),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.long, device=model.device),
+        do_sample=True,
+        top_k=50,
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer.decode(written[0], skip_special_tokens=True)
+
+
+CLM = Objective("clm", AutoModelForCausalLM, "block_size", "text-generation", "Perplexity per token", write_sample)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run what the command line asks for and return what `all_results.json` holds at the end."""
+    return pretrain(CLM, DataArguments, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+"""Pre-train a masked language model, measure its perplexity on masked tokens, and let it fill a gap.
+
+    python scripts/run_mlm.py --preset wikitext103-mlm --config_name model_cards/transnormer-t2-base \\
+        --tokenizer_name roberta-base --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 \\
+        --do_train --do_eval --do_predict --output_dir out
+    python scripts/run_mlm.py --model_type bert --tokenizer_name bert-base-uncased --train_file train.txt \\
+        --validation_file valid.txt --do_train --do_eval --output_dir out
+
+Any model that `AutoModelForMaskedLM` knows can be trained, so a rival of the same size is the same call. Documents are
+packed into rows in which they do not see each other; for a model that would look across, a row holds one and padding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
+from transnormer_hf.pretraining import Objective, PretrainingArguments, make_packing, pretrain
+
+
+@dataclass
+class DataArguments(PretrainingArguments):
+    """Which text to learn from, how much of it to mask, and what to fill at the end."""
+
+    max_seq_length: int = field(default=512, metadata={"help": "Tokens per row."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are to be predicted."})
+    fill: str = field(
+        default="The film was first shown in the United <mask> .",
+        metadata={"help": "Text with <mask> in the place that the trained model fills."},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"--mlm_probability {self.mlm_probability} must lie between 0 and 1.")
+        if self.fill.count("<mask>") != 1:
+            raise ValueError(f"--fill {self.fill!r} must hold <mask> once.")
+
+
+def fill_mask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: DataArguments, seed: int) -> str:
+    """The five likeliest tokens in the place of the mask, with their probabilities."""
+    before, after = (
+        tokenizer(part, add_special_tokens=False)["input_ids"]
+        for part in args.fill.replace(" <mask>", "<mask>").split("<mask>")
+    )
+    packing = make_packing(MLM, tokenizer, args.max_seq_length)
+    tokens = [*packing.first, *before, tokenizer.mask_token_id, *after, *packing.last]
+    place = len(packing.first) + len(before)
+    model.eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens], device=model.device)).logits[0, place]  # (vocab_size,)
+    best = logits.float().softmax(-1).topk(5)
+    choices = ", ".join(
+        f"{tokenizer.decode([token]).strip()} {probability:.3f}"
+        for probability, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    )
+    return f"{args.fill}\n<mask>: {choices}"
+
+
+MLM = Objective("mlm", AutoModelForMaskedLM, "max_seq_length", "fill-mask", "Perplexity per masked token", fill_mask)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run what the command line asks for and return what `all_results.json` holds at the end."""
+    return pretrain(MLM, DataArguments, argv)
+
+
+if __name__ == "__main__":
+    main()
