@@ -48,8 +48,8 @@ WRONG = [
     ({"diag_activation": "elu"}, ["diag_activation='elu'", "'relu', 'softmax'"]),
     ({"norm_type": "none"}, ["norm_type='none'", "'simple_rms', 'rms', 'layer'"]),
     ({"attention_norm_type": "group"}, ["attention_norm_type='group'", "'none'"]),
-    ({"embedding_norm": "batch"}, ["embedding_norm='batch'", "'layer', 'none'"]),
-    ({"final_norm": "batch"}, ["final_norm='batch'", "'layer', 'none'"]),
+    ({"embedding_norm": "group"}, ["embedding_norm='group'", "'batch', 'none'"]),
+    ({"final_norm": "group"}, ["final_norm='group'", "'batch', 'none'"]),
     ({"norm_placement": "sandwich"}, ["norm_placement='sandwich'", "'pre', 'post'"]),
     ({"position_embedding": "rotary"}, ["position_embedding='rotary'", "'learned', 'sinusoidal', 'none'"]),
     (

@@ -20,10 +20,10 @@ CHOICES = {
     "variant": tuple(VARIANTS),
     "feature_map": ("identity", "elu", "1+elu"),
     "diag_activation": ("relu", "softmax"),
-    "norm_type": ("simple_rms", "rms", "layer"),
-    "attention_norm_type": ("simple_rms", "rms", "layer", "none"),
-    "embedding_norm": ("simple_rms", "rms", "layer", "none"),
-    "final_norm": ("simple_rms", "rms", "layer", "none"),
+    "norm_type": ("simple_rms", "rms", "layer", "batch"),
+    "attention_norm_type": ("simple_rms", "rms", "layer", "batch", "none"),
+    "embedding_norm": ("simple_rms", "rms", "layer", "batch", "none"),
+    "final_norm": ("simple_rms", "rms", "layer", "batch", "none"),
     "norm_placement": ("pre", "post"),
     "position_embedding": ("learned", "sinusoidal", "none"),
     "feed_forward": ("glu", "ffn"),
@@ -71,14 +71,14 @@ class TransNormerConfig(PreTrainedConfig):
         feature_map: phi of NormAttention: "elu", "1+elu" or "identity". `None` follows `variant`.
         diag_activation: "relu" or "softmax". `None` follows `variant`. Relu scores are not normalised, so the output
             of such a layer passes the attention norm; that of a softmax layer does not.
-        norm_type: "simple_rms" (x / (rms + eps), no weights), "rms" (x / sqrt(ms + eps), no weights) or "layer"
-            (LayerNorm), around the sub-layers.
+        norm_type: "simple_rms" (x / (rms + eps), no weights), "rms" (x / sqrt(ms + eps), no weights), "layer"
+            (LayerNorm) or "batch" (batch norm over all tokens, for fixed-length tasks), around the sub-layers.
         attention_norm_type: The norm on the output of NormAttention and of relu blocks, over all heads together.
             `None` follows `norm_type`; "none" leaves it out (the ablation of Table 1).
         norm_placement: "pre" or "post".
         embedding_norm: A norm type, or "none", on the embeddings.
         final_norm: A norm type, or "none", after the last layer.
-        layer_norm_eps: Epsilon of LayerNorm.
+        layer_norm_eps: Epsilon of "layer" and "batch".
         rms_norm_eps: Epsilon of "simple_rms" and "rms".
         position_embedding: "learned" (up to `max_position_embeddings`), "sinusoidal" (any length) or "none".
         max_position_embeddings: Number of learned positions.

@@ -75,12 +75,22 @@ class TransNormerRMSNorm(nn.Module):
         return f"{self.norm_type}, eps={self.eps}"
 
 
+class TransNormerBatchNorm(nn.BatchNorm1d):
+    """Batch norm over all tokens of a batch, padding included: that of the authors' Long-Range Arena models."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # (batch, seq, hidden_size) to the same
+        return super().forward(hidden_states.flatten(0, -2)).view_as(hidden_states)
+
+
 def make_norm(norm_type: str, config: TransNormerConfig) -> nn.Module:
     """The norm of that name over `hidden_size` channels."""
     if norm_type == "none":
         return nn.Identity()
     if norm_type == "layer":
         return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+    if norm_type == "batch":
+        return TransNormerBatchNorm(config.hidden_size, eps=config.layer_norm_eps)
     return TransNormerRMSNorm(norm_type, config.rms_norm_eps)
 
 
