@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""Draw the training curves of several runs in one plot: the loss over the minutes of training, and over the tokens.
+
+    python scripts/plot_training.py --runs T1=out/t1 T2=out/t2 Llama=out/llama --output curves.png
+
+A run is a folder that a training script of this project wrote. Points are evaluations. Needs matplotlib:
+pip install 'transnormer-hf[plot]'.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_history(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What a run logged, entry by entry, and its figures of training and evaluation.
+
+    Raises:
+        FileNotFoundError: the folder does not hold a run.
+    """
+    files = [folder / name for name in ("trainer_state.json", "train_results.json", "eval_results.json")]
+    for file in files[:2]:
+        if not file.is_file():
+            raise FileNotFoundError(f"--runs {folder}: no {file.name}, so this is not the folder of a finished run.")
+    state, *results = (json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file())
+    return state["log_history"], {name: value for figures in results for name, value in figures.items()}
+
+
+def smooth(values: Sequence[float], share: float = 0.8) -> list[float]:
+    """Running mean in which each value counts 1 - share, corrected at its beginning."""
+    mean, smoothed = 0.0, []
+    for number, value in enumerate(values, start=1):
+        mean = share * mean + (1 - share) * value
+        smoothed.append(mean / (1 - share**number))
+    return smoothed
+
+
+def plot(runs: dict[str, Path], output: Path) -> None:
+    """Write the plot of the runs, by their names, to `output`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (by_minute, by_token) = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for number, (name, folder) in enumerate(runs.items()):
+        history, results = read_history(folder)
+        losses = [entry for entry in history if "loss" in entry and "train_minutes" in entry]
+        evaluations = [entry for entry in history if "eval_loss" in entry and "train_minutes" in entry]
+        last = max((entry["step"] for entry in history), default=1)
+        per_step = results.get("train_tokens", last) / last
+        color, values = f"C{number}", smooth([entry["loss"] for entry in losses])
+        label = f"{name}, validation {results['eval_loss']:.3f}" if "eval_loss" in results else name
+        by_minute.plot([entry["train_minutes"] for entry in losses], values, color=color, label=label)
+        by_token.plot([entry["step"] * per_step for entry in losses], values, color=color)
+        for entry in evaluations:
+            by_minute.plot(entry["train_minutes"], entry["eval_loss"], "o", color=color)
+            by_token.plot(entry["step"] * per_step, entry["eval_loss"], "o", color=color)
+    by_minute.set(xlabel="minutes of training", ylabel="training loss, smoothed (nats per token)")
+    by_token.set(xlabel="tokens seen" if "train_tokens" in results else "updates")
+    by_minute.legend()
+    figure.tight_layout()
+    temporary = output.with_name(f".{output.name}")
+    figure.savefig(temporary, dpi=120, format=output.suffix.removeprefix(".") or "png")
+    temporary.replace(output)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the runs that the command line names and draw them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=FOLDER", help="finished runs")
+    parser.add_argument("--output", type=Path, required=True, help="png, svg or pdf file")
+    args = parser.parse_args(argv)
+    for run in args.runs:
+        if "=" not in run:
+            raise ValueError(f"--runs {run} must have the form NAME=FOLDER.")
+    plot({name: Path(folder) for name, _, folder in (run.partition("=") for run in args.runs)}, args.output)
+
+
+if __name__ == "__main__":
+    main()
