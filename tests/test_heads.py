@@ -1,6 +1,5 @@
 """The heads: losses and labels, pooling, tied and resized embeddings, and training through the Trainer."""
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -302,33 +301,6 @@ def test_multiple_choice_scores_every_choice_by_itself():
     shorter = model(inputs["input_ids"][:, 1:2, :6])
     torch.testing.assert_close(outputs.logits[:, 1:2], shorter.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, inputs["labels"]))
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's
-class TestAdapters:
-    """peft finds the modules to adapt by itself."""
-
-    def adapt(self, model_class, adapter, **options):
-        task = {TransNormerForCausalLM: "CAUSAL_LM", TransNormerForSequenceClassification: "SEQ_CLS"}[model_class]
-        return peft.get_peft_model(make_model(model_class, num_labels=3), adapter(task_type=task, **options))
-
-    @pytest.mark.parametrize("model_class", [TransNormerForCausalLM, TransNormerForSequenceClassification])
-    @pytest.mark.parametrize("adapter", [peft.LoraConfig, peft.IA3Config])
-    def test_train_alone(self, model_class, adapter):
-        model = self.adapt(model_class, adapter).train()
-        model(**make_inputs(model_class)).loss.backward()
-        trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-        assert len([name for name in trained if "lora_" in name or "ia3_" in name]) >= 4
-        assert all("lora_" in name or "ia3_" in name or "classifier" in name for name in trained)
-
-    @pytest.mark.parametrize("model_class", [TransNormerForCausalLM, TransNormerForSequenceClassification])
-    def test_lora_merges_into_the_weights(self, model_class):
-        model = self.adapt(model_class, peft.LoraConfig, init_lora_weights=False).eval()
-        input_ids = make_ids(2, SEQ)
-        adapted = model(input_ids=input_ids).logits
-        merged = model.merge_and_unload()
-        assert type(merged) is model_class
-        torch.testing.assert_close(merged(input_ids).logits, adapted, rtol=1e-4, atol=1e-5)
 
 
 class TestTrainer:
