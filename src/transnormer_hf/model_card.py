@@ -93,15 +93,14 @@ def build_glue_card(
         model_name=model_id.rpartition("/")[2],
         eval_results=glue_eval_results(task, evaluated, official_data) or None,
     )
-    return ModelCard.from_template(
+    return render_card(
         data,
-        template_str=(resources.files(__package__) / "model_card_template.md").read_text(encoding="utf-8"),
         title=f"{data.model_name}: {architecture} for {task.title}",
         summary=(
             f"{architecture} with {results['parameters'] / 1e6:.2f} M parameters, {origin}"
             f"{' with LoRA adapters' if lora else ''} on {task.title} of the GLUE benchmark."
         ),
-        results_table=_table(
+        results_table=markdown_table(
             ["data", "rows", *(METRIC_TITLES[name] for name in task.metrics)],
             (
                 [
@@ -131,10 +130,10 @@ def build_glue_card(
             "Not made for decisions about people.",
         ],
         training_note=_training_note(train_source, training_args, results),
-        hyperparameter_table=_table(
+        hyperparameter_table=markdown_table(
             ["hyperparameter", "value"], hyperparameters(training_args, max_seq_length, lora).items()
         ),
-        environment_table=_table(["", "version"], environment(training_args).items()),
+        environment_table=markdown_table(["", "version"], environment(training_args).items()),
     )
 
 
@@ -203,12 +202,11 @@ def build_training_card(
     pinned = (
         ',\n    revision="COMMIT",  # the full hash of the commit that you have read\n    trust_remote_code=True,\n'
     )
-    return ModelCard.from_template(
+    return render_card(
         data,
-        template_str=(resources.files(__package__) / "model_card_template.md").read_text(encoding="utf-8"),
         title=f"{data.model_name}: {architecture} for {task}",
         summary=f"{architecture} with {results['parameters'] / 1e6:.2f} M parameters, {origin} on {task}.",
-        results_table=_table(
+        results_table=markdown_table(
             ["data", "rows", *metric_titles.values()],
             (
                 [split.source, split.rows, *(f"{split.metrics.get(name, float('nan')):.4f}" for name in metric_titles)]
@@ -233,11 +231,17 @@ def build_training_card(
             "Not made for decisions about people.",
         ],
         training_note=_training_note(train_source, training_args, results),
-        hyperparameter_table=_table(
+        hyperparameter_table=markdown_table(
             ["hyperparameter", "value"], hyperparameters(training_args, max_seq_length).items()
         ),
-        environment_table=_table(["", "version"], environment(training_args).items()),
+        environment_table=markdown_table(["", "version"], environment(training_args).items()),
     )
+
+
+def render_card(data: ModelCardData, **fields: Any) -> ModelCard:
+    """A card from the project's one template, `model_cards/template.md`, which says what `fields` it has."""
+    template = (resources.files(__package__) / "model_card_template.md").read_text(encoding="utf-8")
+    return ModelCard.from_template(data, template_str=template, **fields)
 
 
 def glue_eval_results(task: GlueTask, evaluated: Iterable[EvaluatedSplit], official_data: bool) -> list[EvalResult]:
@@ -292,16 +296,21 @@ def hyperparameters(args: TrainingArguments, max_seq_length: int, lora: Any = No
     return table
 
 
-def environment(args: TrainingArguments) -> dict[str, str]:
-    """Versions of the packages that matter, and the kind of device."""
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that matter, of those that are installed."""
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    return versions
+
+
+def environment(args: TrainingArguments) -> dict[str, str]:
+    """Versions of the packages that matter, and the kind of device."""
     device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type.upper()
-    return {**versions, "device": f"{args.world_size} x {device}"}
+    return {**package_versions(), "device": f"{args.world_size} x {device}"}
 
 
 def _hub_name(base_model: str | None) -> str | None:
@@ -363,6 +372,6 @@ def _loading_code(task: GlueTask, model_id: str, custom_code: bool, is_adapter: 
     )
 
 
-def _table(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
