@@ -385,6 +385,7 @@ BAD_ARGUMENTS = [
     (TRAIN, {"seeds": "1,1"}, r"--seeds 1,1 names a seed twice"),
     (TRAIN, {"seeds": "1,2", "resume_from_checkpoint": "{data}"}, r"--resume_from_checkpoint belongs to one run"),
     (("--do_train", "--push_to_hub"), {"seeds": "1,2"}, r"--push_to_hub pushes one model: give --seed N"),
+    (("--do_train", "--push_to_hub"), {"hub_token": "hf_x"}, r"--hub_token would be published"),
     (TRAIN, {"early_stopping_patience": 2}, r"--early_stopping_patience needs --load_best_model_at_end"),
     (TRAIN, {"metric_for_best_model": "f1"}, r"--metric_for_best_model f1 is not a figure of sst2: .* accuracy, loss"),
     (TRAIN, {"resume_from_checkpoint": "{data}"}, r"--resume_from_checkpoint .* it has no trainer_state\.json"),

@@ -1,5 +1,8 @@
 """TransNormer for Hugging Face Transformers. Importing this package registers its models with the Auto classes."""
 
+from typing import Any
+
+from huggingface_hub import CommitInfo
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -43,6 +46,16 @@ for _auto_class, _model_class in AUTO_CLASSES.items():
     _auto_class.register(TransNormerConfig, _model_class, exist_ok=True)
     # what makes save_pretrained write the code beside the weights
     _model_class.register_for_auto_class(_auto_class.__name__)
+
+
+def _push_to_hub(self: TransNormerPreTrainedModel, repo_id: str, **kwargs: Any) -> CommitInfo:
+    """As in transformers, and the repository is complete: see `transnormer_hf.hub.push_model`."""
+    from .hub import push_model
+
+    return push_model(self, repo_id, **kwargs)
+
+
+TransNormerPreTrainedModel.push_to_hub = _push_to_hub
 
 try:
     from peft.utils import constants as peft_constants

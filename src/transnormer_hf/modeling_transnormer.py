@@ -434,6 +434,11 @@ class TransNormerPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(TransNormerAttention, index=1),
     }
 
+    def __init__(self, config: TransNormerConfig):
+        super().__init__(config)
+        # of the card that the Trainer writes: the Hub asks for trust where it sees this tag
+        self.add_model_tags(["custom_code"])
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -162,6 +162,11 @@ def check_model_arguments(args: ModelArguments, *, needs_tokenizer: bool = True)
 
 def check_run_arguments(args: RunArguments, training_args: TrainingArguments) -> None:
     """Raise ValueError unless the seeds, the time limit and the folder to resume from make sense together."""
+    if training_args.push_to_hub and training_args.hub_token:
+        raise ValueError(
+            "--hub_token would be published: the Trainer saves it in training_args.bin and pushes that file. Set"
+            " HF_TOKEN or log in with `hf auth login`."
+        )
     if args.seeds is not None:
         if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
             raise ValueError(f"--seeds {args.seeds!r} must be whole numbers with commas between them, e.g. 1,2,3.")

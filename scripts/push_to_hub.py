@@ -1,0 +1,56 @@
+#!/usr/bin/env python
+"""Publishes a trained model on the Hugging Face Hub: weights, configuration, code, tokenizer, card, results.
+
+    python scripts/push_to_hub.py --model_dir outputs/sst2 --repo_id user/transnormer-sst2 --dry_run
+    python scripts/push_to_hub.py --model_dir outputs/sst2 --repo_id user/transnormer-sst2 --private
+
+The token is that of `hf auth login` or HF_TOKEN: as an argument, everybody on the machine could read it.
+"""
+
+import argparse
+import json
+import sys
+
+from transnormer_hf.hub import HubError, plan_upload, push_to_hub
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Publish a trained TransNormer on the Hugging Face Hub.")
+    parser.add_argument("--model_dir", required=True, help="folder that save_pretrained or the Trainer wrote")
+    parser.add_argument("--repo_id", required=True, help="user/name; created where it does not exist")
+    parser.add_argument("--private", action="store_true", help="create it private")
+    parser.add_argument("--revision", help="branch to push to, created where it does not exist; default: main")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request against main")
+    parser.add_argument("--dry_run", action="store_true", help="check everything, list the files, send nothing")
+    options = parser.parse_args(arguments)
+    try:
+        if options.dry_run:
+            plan = plan_upload(
+                options.model_dir, options.repo_id, revision=options.revision, create_pr=options.create_pr
+            )
+            for name, size in plan.files.items():
+                print(f"{size:>15,}  {name}")
+            print(f"{plan.size:>15,}  bytes in {len(plan.files)} files")
+            for name, reason in plan.left_out.items():
+                print(f"{'left out':>15}  {name} ({reason})")
+            print(f"\nMetadata of the card:\n{json.dumps(plan.metadata, indent=2)}")
+            print(f"Loads by remote code. Nothing was sent to {options.repo_id}.")
+            return
+        done = push_to_hub(
+            options.model_dir,
+            options.repo_id,
+            private=options.private or None,
+            revision=options.revision,
+            create_pr=options.create_pr,
+        )
+    except (ValueError, HubError) as error:
+        sys.exit(f"error: {error}")
+    if done.pull_request is not None:
+        print(f"Proposed: {done.pull_request}")
+    else:
+        print(f"Published: {done.commit.commit_url}\nTag: {done.tag}")
+    print(f'Load it with revision="{done.commit.oid}", trust_remote_code=True.')
+
+
+if __name__ == "__main__":
+    main()
