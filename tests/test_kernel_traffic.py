@@ -5,6 +5,8 @@ import torch
 
 from transnormer_hf import diag_kernels_transnormer
 from transnormer_hf.diag_kernels_transnormer import diag_attention_traffic, diag_plan
+from transnormer_hf.norm_kernels_transnormer import norm_attention_traffic
+from transnormer_hf.ops_transnormer import norm_attention
 
 BATCH_SIZE, NUM_HEADS, SEQ_LEN = 1, 12, 8192
 
@@ -67,3 +69,38 @@ def test_count_is_that_of_the_launch(monkeypatch):
         scale=1.0, lrpe=None, dropout_p=0.0,
     )  # fmt: skip
     assert plans == [diag_plan("sm_80", "fp32", 16, 40, 16, None)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("sequences", [(1, 1), (1, 12), (1, 96), (4, 16), (8, 16)])
+def test_norm_attention(sequences, head_dim):
+    """Within the budget at any number of sequences."""
+    unit = sequences[0] * sequences[1] * SEQ_LEN * head_dim * 2
+    forward, backward = norm_attention_traffic(*sequences, SEQ_LEN, head_dim, "bf16", causal=False, mask=True)
+    assert 4 <= forward / unit <= 4.3
+    assert 7 <= backward / unit <= 7.6
+    forward, backward = norm_attention_traffic(*sequences, SEQ_LEN, head_dim, "bf16", causal=True, mask=True)
+    assert 4 <= forward / unit <= 6.5
+    assert 7 <= backward / unit <= 11
+
+
+@pytest.mark.parametrize("seq_len", [100, 8192])
+@pytest.mark.parametrize("causal", [False, True])
+def test_norm_attention_is_launched_as_counted(causal, seq_len, monkeypatch):
+    """All that is handed to the kernels, without running them; a scan does not look at the segment it leaves out."""
+    from transnormer_hf import norm_autograd_transnormer
+
+    launches = []
+
+    def record(self, kernel, name, tensors, pointers, grid=None, **constants):
+        launches.append(sum(tensor.nbytes for tensor in (tensors | pointers).values() if tensor is not None))
+
+    monkeypatch.setattr(norm_autograd_transnormer._Launch, "__call__", record)
+    query, key, value = (torch.zeros(1, 12, seq_len, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    output, _ = norm_attention(query, key, value, causal=causal, backend="triton")
+    handed_out = [sum(launches)]
+    output.sum().backward()
+    handed_out.append(sum(launches) - handed_out[0])
+    traffic = norm_attention_traffic(1, 12, seq_len, 64, "bf16", causal=causal)
+    for found, counted in zip(handed_out, traffic, strict=True):
+        assert 0.97 < found / counted < (1.12 if causal else 1.03)

@@ -11,7 +11,6 @@ through a `torch.autograd.Function`, which takes less time to reach them.
 """
 
 import functools
-import re
 from collections.abc import Callable
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -19,7 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .features_transnormer import LRPE, TokenLayout, compute_dtype, prepare_query_key, rotation_angles, zero_padding
+from .features_transnormer import (
+    LRPE,
+    TokenLayout,
+    compute_dtype,
+    operator_namespace,
+    prepare_query_key,
+    rotation_angles,
+    zero_padding,
+)
 from .tiles_transnormer import (
     TILE_SIZE,
     Alignment,
@@ -41,8 +48,7 @@ CHUNK_SIZE = 64
 # Up to here the whole sequence is one chunk.
 LONGEST_CHUNK = 128
 
-# One file loaded twice, as the package and as remote code from the Hub, defines its operators under two names.
-NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
+NAMESPACE = operator_namespace(__name__)
 
 
 def without_autocast(walk: Callable) -> Callable:

@@ -6,12 +6,22 @@ the one definition of these steps; the eager, the chunked and the Triton forms o
 A token's *position* is counted from the first real token of its sequence, so padding on the left moves nothing.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 FEATURE_MAPS = ("identity", "elu", "1+elu")
+
+
+def operator_namespace(module: str) -> str:
+    """A namespace of torch.ops for this module's package.
+
+    The installed package and a copy of these files that a model repository brought along each get one of their own, and
+    so do two revisions of such a repository.
+    """
+    return re.sub(r"\W", "_", module.rpartition(".")[0] or module)
 
 
 class LRPE(NamedTuple):

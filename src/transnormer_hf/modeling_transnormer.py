@@ -48,7 +48,9 @@ from .ops_transnormer import (
     diag_attention_map,
     norm_attention,
     norm_attention_map,
+    resolve_backend,
     simple_rms_norm,
+    triton_norm_attention_step,
 )
 
 # The released models count positions from 2 on, as fairseq does (padding index + 1, and padding is 1 there).
@@ -61,18 +63,19 @@ class TransNormerRMSNorm(nn.Module):
     "simple_rms": x / (rms(x) + eps), the released code's. "rms": x / sqrt(ms(x) + eps), Eq. 14 of the paper.
     """
 
-    def __init__(self, norm_type: str, eps: float):
+    def __init__(self, norm_type: str, config: TransNormerConfig):
         super().__init__()
-        self.norm_type, self.eps = norm_type, eps
+        self.norm_type, self.config = norm_type, config
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.norm_type == "simple_rms":
-            return simple_rms_norm(hidden_states, self.eps)
+            return simple_rms_norm(hidden_states, self.config.rms_norm_eps, self.config.backend)
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(hidden_states.dtype)
+        mean_square = wide.square().mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(mean_square + self.config.rms_norm_eps)).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.norm_type}, eps={self.eps}"
+        return f"{self.norm_type}, eps={self.config.rms_norm_eps}"
 
 
 class TransNormerBatchNorm(nn.BatchNorm1d):
@@ -91,7 +94,7 @@ def make_norm(norm_type: str, config: TransNormerConfig) -> nn.Module:
         return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
     if norm_type == "batch":
         return TransNormerBatchNorm(config.hidden_size, eps=config.layer_norm_eps)
-    return TransNormerRMSNorm(norm_type, config.rms_norm_eps)
+    return TransNormerRMSNorm(norm_type, config)
 
 
 class TransNormerLRPE(nn.Module):
@@ -234,6 +237,12 @@ class TransNormerNormAttention(TransNormerAttention):
         return output
 
     def step(self, query, key, value, layout, lrpe, state):
+        is_plain = torch.is_grad_enabled() or state.tokens.are_recorded
+        if not is_plain and resolve_backend(self.config.backend, query) == "triton":
+            past, feature_map = state.state.tensors["state"], self.config.feature_map
+            return triton_norm_attention_step(
+                query, key, value, past, layout=layout, feature_map=feature_map, lrpe=lrpe
+            )
         query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, 1, head_dim)
         query_key = apply_feature_map(query_key, self.config.feature_map)
         if lrpe is not None:

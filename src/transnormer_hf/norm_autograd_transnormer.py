@@ -9,18 +9,27 @@ import torch
 import torch.nn.functional as F
 
 from .features_transnormer import LRPE, TokenLayout, prepare_query_key
+from .norm_bidirectional_kernels_transnormer import (
+    key_value_backward_kernel,
+    output_kernel,
+    query_backward_kernel,
+    short_backward_kernel,
+    short_kernel,
+    state_kernel,
+)
+from .norm_causal_kernels_transnormer import (
+    scan_backward_kernel,
+    scan_kernel,
+)
 from .norm_kernels_transnormer import (
-    _key_value_backward_kernel,
-    _output_kernel,
-    _query_backward_kernel,
-    _scan_backward_kernel,
-    _scan_kernel,
-    _short_backward_kernel,
-    _short_kernel,
-    _state_kernel,
+    SEGMENT_MULTIPLE,
+    SHORT_LENGTH,
     gradients_together,
     kernel_constants,
     launch_options,
+    segments_per_sequence,
+    step_kernel,
+    widest_tile,
 )
 from .triton_features_transnormer import (
     ELEMENT_TYPES,
@@ -32,10 +41,6 @@ from .triton_features_transnormer import (
 )
 
 NAMESPACE = operator_namespace(__name__)
-PROGRAMS = 128  # that a launch should have at least: the multiprocessors of a large GPU
-SHORT_LENGTH = 128  # bidirectional sequences up to here are one launch without a state in memory
-SEGMENT_MULTIPLE = 64  # a segment is whole tiles of every kernel
-MAX_TILE_DIM = 128  # the widest head whose state fits into the registers of one program
 
 
 def triton_norm_attention(
@@ -52,15 +57,16 @@ def triton_norm_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """NormAttention by the kernels; arguments and results as `eager_norm_attention`.
 
-    Up to head_dim 128 phi and LRPE are done inside the kernels, with gradients to theta. Where the householder vector
-    wants a gradient too, or the head is wider, plain torch does them first. The product of a wide head is the sum over
-    its two halves of the keys' channels, next to each other the two halves of the values': nothing normalises it.
+    Up to head_dim 128 (64 in float32) phi and LRPE are done inside the kernels, with gradients to theta. Where the
+    householder vector wants a gradient too, or the head is wider, plain torch does them first. A wide head is done in
+    parts of its channels: products of parts of the keys' are added up, those of the values' lie next to each other.
 
     Raises ValueError for a device, dtype or head_dim that the kernels do not take.
     """
     check_inputs(query, key, value)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
-    wide = max(head_dim, value_dim) > MAX_TILE_DIM
+    width = widest_tile(ELEMENT_TYPES[query.dtype])
+    wide = max(head_dim, value_dim) > width
     if wide or (lrpe is not None and lrpe.householder.requires_grad and torch.is_grad_enabled()):
         dtype = query.dtype
         query, key = prepare_query_key(query.float(), key.float(), layout, feature_map, lrpe)
@@ -69,7 +75,7 @@ def triton_norm_attention(
         return _norm_attention(query, key, value, layout, causal, feature_map, lrpe, initial_state, return_state)
 
     outputs, states = [], []
-    for columns in _halves(value_dim):
+    for columns in _parts(value_dim, width):
         parts = [
             _norm_attention(
                 query[..., rows],
@@ -82,7 +88,7 @@ def triton_norm_attention(
                 None if initial_state is None else initial_state[..., rows, columns],
                 return_state,
             )
-            for rows in _halves(head_dim)
+            for rows in _parts(head_dim, width)
         ]
         outputs.append(torch.stack([output.float() for output, _ in parts]).sum(0).to(value.dtype))
         if return_state:
@@ -90,8 +96,8 @@ def triton_norm_attention(
     return torch.cat(outputs, -1), torch.cat(states, -1) if return_state else None
 
 
-def _halves(size: int) -> list[slice]:
-    return [slice(begin, min(begin + MAX_TILE_DIM, size)) for begin in range(0, size, MAX_TILE_DIM)]
+def _parts(size: int, width: int) -> list[slice]:
+    return [slice(begin, min(begin + width, size)) for begin in range(0, size, width)]
 
 
 def _norm_attention(
@@ -160,9 +166,11 @@ def norm_attention_forward(
     partials = new_empty((shapes.partial_rows, heads, query.shape[-1], value_dim), query, torch.float32)
     launch = _Launch(query, value, positions, is_real, cu_seqlens, theta, householder, feature_map, shapes)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    if shapes.short:
+    if value.shape[2] == 1 and cu_seqlens is None:
+        _launch_step(launch, query, key, value, output, initial_state, state if shapes.state_rows else None)
+    elif shapes.short:
         launch(
-            _short_kernel,
+            short_kernel,
             "short",
             tensors={"query": query, "key": key, "value": value, "output": output},
             pointers={"initial": initial_state, "state": state if return_state else None},
@@ -170,14 +178,14 @@ def norm_attention_forward(
     elif causal:
         if shapes.partial_rows:
             launch(
-                _state_kernel,
+                state_kernel,
                 "state",
                 tensors={"key": key, "value": value},
                 pointers={"partial": partials},
                 SKIP="last",
             )
         launch(
-            _scan_kernel,
+            scan_kernel,
             "scan",
             tensors={"query": query, "key": key, "value": value, "output": output},
             pointers={
@@ -189,14 +197,14 @@ def norm_attention_forward(
     else:
         scratch = new_empty((shapes.programs, heads, query.shape[-1], value_dim), query, torch.float32)
         launch(
-            _state_kernel,
+            state_kernel,
             "state",
             tensors={"key": key, "value": value},
             pointers={"partial": scratch},
             SKIP="none",
         )
         launch(
-            _output_kernel,
+            output_kernel,
             "output",
             tensors={"query": query, "output": output},
             pointers={"partial": scratch, "initial": initial_state, "state": state},
@@ -250,23 +258,20 @@ def norm_attention_backward(
     shapes = _shapes(query, value, cu_seqlens, causal, return_state)
     heads, head_dim, value_dim = query.shape[1], query.shape[-1], value.shape[-1]
     query_grad, key_grad, value_grad = (_token_major(tensor, tensor.shape[-1]) for tensor in (query, key, value))
-    state_grad = None if state_grad is None else state_grad.contiguous()
+    state_grad = None if state_grad is None or not return_state else state_grad.contiguous()
     initial_grad = None
     if initial_state is not None:
         initial_state = initial_state.contiguous()
         initial_grad = new_empty((shapes.num_states, heads, head_dim, value_dim), query, torch.float32)
-    # dq, dk and dv of a causal scan in one pass, or dq and then dk and dv
-    passes = [(True, True)] if gradients_together(head_dim, value_dim) else [(True, False), (False, True)]
-    if causal and len(passes) == 2 and 2 * query.shape[0] * heads >= PROGRAMS:
-        # nothing is shared between two passes: long segments spare the partials
-        shapes = _shapes(query, value, cu_seqlens, causal, return_state, segments=1)
+    together = not causal or gradients_together(ELEMENT_TYPES[query.dtype], head_dim, value_dim)
+    parts = 1 if together else 2  # programs of a segment
     scratch = None
     if not shapes.short and (not causal or shapes.partial_rows):
         scratch = new_empty((shapes.programs, heads, head_dim, value_dim), query, torch.float32)
     theta_parts = None
     if theta is not None:
-        rows = len(passes) if causal else 1 if shapes.short else 2
-        theta_parts = new_empty((rows, shapes.programs, heads, head_dim // 2), query, torch.float32)
+        launches = 1 if causal or shapes.short else 2
+        theta_parts = new_empty((launches, parts * shapes.programs, heads, head_dim // 2), query, torch.float32)
     launch = _Launch(query, value, positions, is_real, cu_seqlens, theta, householder, feature_map, shapes)
     everything = {
         "query": query,
@@ -279,7 +284,7 @@ def norm_attention_backward(
     }
     if shapes.short:
         launch(
-            _short_backward_kernel,
+            short_backward_kernel,
             "short_backward",
             tensors=everything,
             pointers={
@@ -292,32 +297,31 @@ def norm_attention_backward(
     elif causal:
         if scratch is not None:
             launch(
-                _state_kernel,
+                state_kernel,
                 "state",
                 tensors={"key": query, "value": output_grad},
                 pointers={"real": None, "partial": scratch},
                 SKIP="first",
             )
-        for row, (query_pass, key_value_pass) in enumerate(passes):
-            launch(
-                _scan_backward_kernel,
-                "scan_backward",
-                tensors=everything,
-                pointers={
-                    "partial": partials if shapes.partial_rows else None,
-                    "initial": initial_state,
-                    "state": state,
-                    "grad_partial": scratch,
-                    "state_grad": state_grad,
-                    "initial_grad": initial_grad,
-                    "theta_grad": None if theta_parts is None else theta_parts[row],
-                },
-                QUERY_GRAD=query_pass,
-                KEY_VALUE_GRAD=key_value_pass,
-            )
+        launch(
+            scan_backward_kernel,
+            "scan_backward",
+            tensors=everything,
+            pointers={
+                "partial": partials if shapes.partial_rows else None,
+                "initial": initial_state,
+                "state": state,
+                "grad_partial": scratch,
+                "state_grad": state_grad,
+                "initial_grad": initial_grad,
+                "theta_grad": None if theta_parts is None else theta_parts[0],
+            },
+            grid=(parts * shapes.programs, heads),
+            TOGETHER=together,
+        )
     else:
         launch(
-            _query_backward_kernel,
+            query_backward_kernel,
             "query_backward",
             tensors={"query": query, "output_grad": output_grad, "query_grad": query_grad},
             pointers={
@@ -327,7 +331,7 @@ def norm_attention_backward(
             },
         )
         launch(
-            _key_value_backward_kernel,
+            key_value_backward_kernel,
             "key_value_backward",
             tensors={"key": key, "value": value, "key_grad": key_grad, "value_grad": value_grad},
             pointers={
@@ -364,7 +368,7 @@ def _save_for_backward(ctx, inputs, output):
     *tensors, causal, feature_map, return_state = inputs
     _, state, partials = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(partials)
+    ctx.mark_non_differentiable(*((partials,) if return_state else (state, partials)))
     ctx.save_for_backward(*tensors, state, partials)
     ctx.options = causal, feature_map, return_state
 
@@ -400,6 +404,68 @@ def _backward(ctx, output_grad, state_grad, _):
 norm_attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
+# Decoding
+
+
+def triton_norm_attention_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    layout: TokenLayout,
+    feature_map: str,
+    lrpe: LRPE | None,
+) -> torch.Tensor:
+    """One token of causal NormAttention: adds k'^T v to the state in place, and returns q' S, float32.
+
+    query, key, value: (batch, heads, 1, head_dim); state: (batch, heads, head_dim, head_dim) float32, contiguous.
+    The state is read once and written once; nothing else of its size is allocated. Not differentiable.
+
+    Raises ValueError for more than one token, and for a state that cannot be changed in place.
+    """
+    check_inputs(query, key, value)
+    if query.shape[2] != 1 or layout.cu_seqlens is not None:
+        raise ValueError(
+            f"query has {query.shape[2]} tokens; a step takes one token per row. Use norm_attention for more."
+        )
+    shape = (*query.shape[:2], query.shape[-1], value.shape[-1])
+    if tuple(state.shape) != shape or state.dtype != torch.float32 or not state.is_contiguous():
+        raise ValueError(
+            f"state has shape {tuple(state.shape)} and dtype {state.dtype}; it is changed in place and must be a "
+            f"contiguous float32 tensor of shape {shape}."
+        )
+    theta, householder = (None, None) if lrpe is None else lrpe
+    return norm_attention_step(
+        query, key, value, state, layout.positions, layout.is_real, theta, householder, feature_map
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::norm_attention_step", mutates_args=("state",))
+def norm_attention_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    state: torch.Tensor,
+    positions: torch.Tensor,
+    is_real: torch.Tensor | None,
+    theta: torch.Tensor | None,
+    householder: torch.Tensor | None,
+    feature_map: str,
+) -> torch.Tensor:
+    query, key, value = _with_rows(query), _with_rows(key), _with_rows(value)
+    shapes = _shapes(query, value, None, True, True)
+    output = _token_major(state, value.shape[-1], seq_len=1)
+    launch = _Launch(query, value, positions, is_real, None, theta, householder, feature_map, shapes)
+    _launch_step(launch, query, key, value, output, state, state)
+    return output
+
+
+@norm_attention_step.register_fake
+def _(query, key, value, state, positions, is_real, theta, householder, feature_map):
+    return _token_major(state, value.shape[-1], seq_len=1)
+
+
 # The launches
 
 
@@ -427,14 +493,10 @@ def _shapes(
     cu_seqlens: torch.Tensor | None,
     causal: bool,
     return_state: bool,
-    segments: int | None = None,
 ) -> _Shapes:
     batch, heads, seq_len, head_dim = query.shape
     short = not causal and cu_seqlens is None and seq_len <= SHORT_LENGTH
-    if short:
-        segments = 1
-    elif segments is None:
-        segments = segments_per_sequence(batch * heads, seq_len, max(head_dim, value.shape[-1]))
+    segments = 1 if short else segments_per_sequence(batch * heads, seq_len, max(head_dim, value.shape[-1]))
     num_states, programs = batch, batch * segments
     if cu_seqlens is not None:
         # each sequence, one of no tokens too, has at least one segment
@@ -447,18 +509,6 @@ def _shapes(
         state_rows=num_states if return_state or not short else 0,
         partial_rows=programs if causal and segments > 1 else 0,
     )
-
-
-def segments_per_sequence(sequences: int, seq_len: int, head_dim: int) -> int:
-    """Into how many segments a sequence is cut, for `sequences` = batch · heads of them: a power of two up to 16.
-
-    As many as give PROGRAMS programs, as long as a segment has 4 · head_dim tokens, so that the partials stay small
-    beside the tokens (see `norm_attention_traffic`). It depends on no device: results are the same on all of them.
-    """
-    segments = 1
-    while segments < 16 and segments * sequences < PROGRAMS and seq_len >= 8 * head_dim * segments:
-        segments *= 2
-    return segments
 
 
 class _Launch:
@@ -505,33 +555,46 @@ class _Launch:
         name: str,
         tensors: dict[str, torch.Tensor],
         pointers: dict[str, torch.Tensor | None],
+        grid: tuple[int, ...] | None = None,
         **constants: Any,
     ) -> None:
         """tensors are (batch, heads, seq, head_dim) and bring their strides, pointers are taken as they are."""
-        constexprs = self.constants
-        arguments = self.arguments | constants | {f"{name}_ptr": tensor for name, tensor in pointers.items()}
+        head_dim, value_dim = self.constants["HEAD_DIM"], self.constants["VALUE_DIM"]
+        options = launch_options(name, target_of(self.query), ELEMENT_TYPES[self.query.dtype], head_dim, value_dim)
+        arguments = self.arguments | self.constants | constants | {"BLOCK_T": options["BLOCK_T"]}
+        arguments |= {f"{pointer}_ptr": tensor for pointer, tensor in pointers.items()}
         for tensor_name, tensor in tensors.items():
             arguments[f"{tensor_name}_ptr"] = tensor
             for dim, stride in zip(("batch", "head", "row"), tensor.stride()[:3], strict=True):
                 arguments[f"{tensor_name}_{dim}_stride"] = stride
-        arguments |= constexprs
-        names = set(kernel.arg_names)
-        options = launch_options(
-            name,
-            target_of(self.query),
-            ELEMENT_TYPES[self.query.dtype],
-            constexprs["HEAD_DIM"],
-            constexprs["VALUE_DIM"],
-        )
-        arguments["BLOCK_T"] = options["BLOCK_T"]
         if self.query.numel() == 0:
             return
+        names = set(kernel.arg_names)
         with torch.cuda.device_of(self.query):
-            kernel[self.grid](
-                **{name: value for name, value in arguments.items() if name in names},
+            kernel[grid or self.grid](
+                **{argument: value for argument, value in arguments.items() if argument in names},
                 num_warps=options["num_warps"],
                 num_stages=options["num_stages"],
             )
+
+
+def _launch_step(
+    launch: _Launch,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    state: torch.Tensor | None,
+) -> None:
+    blocks = -(-value.shape[-1] // launch.constants["BLOCK_COLUMNS"])
+    launch(
+        step_kernel,
+        "step",
+        tensors={"query": query, "key": key, "value": value, "output": output},
+        pointers={"initial": initial_state, "state": state},
+        grid=(query.shape[0], query.shape[1], blocks),
+    )
 
 
 def _segment_table(cu_seqlens: torch.Tensor, seq_len: int, segment_length: int, programs: int) -> torch.Tensor:
@@ -560,10 +623,13 @@ def _round_up(size: int, multiple: int) -> int:
 
 def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself wherever its channels lie next to each other, as in any view of a projection."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    # offsets within a tile are 32-bit integers, those of the tiles are not
+    fits = tensor.stride(-1) == 1 and tensor.stride(-2) * SEGMENT_MULTIPLE < 2**31
+    return tensor if fits else tensor.contiguous()
 
 
-def _token_major(like: torch.Tensor, head_dim: int) -> torch.Tensor:
+def _token_major(like: torch.Tensor, head_dim: int, seq_len: int | None = None) -> torch.Tensor:
     """An empty (batch, heads, seq, head_dim) that lies as (batch, seq, heads · head_dim), ready for the projection."""
-    batch, heads, seq_len, _ = like.shape
-    return new_empty((batch, seq_len, heads, head_dim), like).transpose(1, 2)
+    batch, heads = like.shape[:2]
+    shape = (batch, like.shape[2] if seq_len is None else seq_len, heads, head_dim)
+    return new_empty(shape, like).transpose(1, 2)

@@ -27,9 +27,14 @@ from .features_transnormer import (
 )
 
 try:
-    from .kernels_transnormer import triton_diag_attention, triton_norm_attention
+    from .kernels_transnormer import (
+        triton_diag_attention,
+        triton_norm_attention,
+        triton_norm_attention_step,
+        triton_simple_rms_norm,
+    )
 except ImportError:  # triton is not installed
-    triton_diag_attention = triton_norm_attention = None
+    triton_diag_attention = triton_norm_attention = triton_norm_attention_step = triton_simple_rms_norm = None
 
 BACKENDS = ("auto", "eager", "torch", "triton")
 DIAG_ACTIVATIONS = ("softmax", "relu")
@@ -290,26 +295,32 @@ def diag_attention_map(
     return weights.masked_fill(hidden, 0)
 
 
-def simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
-    """SimpleRMSNorm: x / (rms(x) + eps) over the last dimension, without weights.
+def simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8, backend: str = "auto") -> torch.Tensor:
+    """SimpleRMSNorm: x / (rms(x) + eps) over the last dimension, without weights; shape and dtype of hidden_states.
 
     The released code puts eps outside of the root, where the paper's algebra (Eq. 14) has it inside. Computed in
     float32 at least: in float16 an eps of 1e-8 would be zero and a row of zeros NaN.
+
+    backend: "triton" is one kernel, for CUDA tensors also with "auto"; all others are plain torch.
+
+    Raises ValueError for an unknown backend, or one that cannot run here.
     """
+    if resolve_backend(backend, hidden_states) == "triton":
+        return triton_simple_rms_norm(hidden_states, eps)
     wide = hidden_states.to(compute_dtype(hidden_states.dtype))
     # vector_norm has gradient 0 at the origin, where sqrt(mean(x^2)) has none
     rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * wide.shape[-1] ** -0.5
     return (wide / (rms + eps)).to(hidden_states.dtype)
 
 
-def resolve_backend(backend: str, query: torch.Tensor) -> str:
+def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
     """The backend to run; "auto" is "triton" for CUDA tensors where triton is installed, and "torch" otherwise."""
     _check_choice("backend", backend, BACKENDS)
     if backend == "triton" and triton_norm_attention is None:
         raise ValueError('backend="triton" needs the triton package, which is not installed; use backend="auto".')
     if backend != "auto":
         return backend
-    return "triton" if query.is_cuda and triton_norm_attention is not None else "torch"
+    return "triton" if tensor.is_cuda and triton_norm_attention is not None else "torch"
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:

@@ -8,12 +8,13 @@ A `KernelSpec` names a kernel and lists every variant of it that may be launched
 a GPU and its spills and shared memory be read before anybody runs it.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+
+from .features_transnormer import operator_namespace  # noqa: F401 (each file of operators takes it from here)
 
 try:
     import triton
@@ -151,15 +152,6 @@ def new_empty(shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype | N
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def operator_namespace(module: str) -> str:
-    """A namespace of torch.ops for this module's package.
-
-    The installed package and a copy of these files that a model repository brought along each get one of their own, and
-    so do two revisions of such a repository.
-    """
-    return re.sub(r"\W", "_", module.rpartition(".")[0] or module)
-
-
 def is_interpreted() -> bool:
     """Whether these kernels were made for Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
     return not isinstance(rotate, triton.runtime.JITFunction)
@@ -262,8 +254,9 @@ class CompileArguments(NamedTuple):
 def compile_arguments(spec: KernelSpec, variant: KernelVariant) -> CompileArguments:
     """Signature, constants and attributes of a variant, as the run time would specialise it.
 
-    Pointers and strides are multiples of 16, sizes are not.
+    Pointers and strides are multiples of 16, sizes are not, and nothing is known of what a kernel does not specialise.
     """
+    unknown = set(getattr(spec.function, "do_not_specialize", ()))
     signature: dict[str, str] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, name in enumerate(spec.function.arg_names):
@@ -271,6 +264,6 @@ def compile_arguments(spec: KernelSpec, variant: KernelVariant) -> CompileArgume
             signature[name] = "constexpr"
             continue
         signature[name] = variant.types.get(name, "i32")
-        if signature[name].startswith("*") or "stride" in name:
+        if signature[name].startswith("*") or ("stride" in name and name not in unknown):
             attrs[(index,)] = [["tt.divisibility", 16]]
     return CompileArguments(signature, dict(variant.constexprs), attrs)

@@ -1,0 +1,228 @@
+"""Tiles and states in the Triton kernels of NormAttention: where they lie, how they are loaded, mapped and stored.
+
+A tile is BLOCK_T tokens of one head, its channels along the first axis: (head_dim, BLOCK_T), padded with zeros to a
+power of two. A state is K^T V of one head, (head_dim, head_dim) float32.
+"""
+
+from .triton_features_transnormer import (
+    map_features,
+    map_features_backward,
+    rotation_at,
+    turn_fraction,
+)
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("The Triton kernels need the triton package: pip install triton.") from error
+
+# The length, and what follows from it, must not make Triton compile anew.
+LENGTHS = ["seq_len", "segment_length", "segments_per_sequence", "num_states", "position_batch_stride"]
+
+
+@triton.jit
+def find_segment(segment, table_ptr, segments_per_sequence, segment_length, seq_len):
+    """Batch row, state row, first and end token of a segment, and the range of segments that its sequence has.
+
+    Packed sequences have a table of them, (segments, 5) integers; one that is not used names no sequence that exists.
+    """
+    if table_ptr is None:
+        sequence = segment // segments_per_sequence
+        first = sequence * segments_per_sequence
+        start = tl.minimum((segment - first) * segment_length, seq_len)
+        end = tl.minimum(start + segment_length, seq_len)
+        return sequence, sequence, start, end, first, first + segments_per_sequence
+    else:
+        entry = table_ptr + segment * 5
+        sequence = tl.load(entry)
+        return segment * 0, sequence, tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+
+
+@triton.jit
+def head_of(tensor_ptr, batch, head, batch_stride, head_stride):
+    """Where a head of a (batch, heads, seq, head_dim) tensor begins; 64-bit, tensors may have over 2^31 elements."""
+    return tensor_ptr + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
+
+
+@triton.jit
+def row_of(real_ptr, batch, seq_len):
+    """Where a row of the (batch, seq) mask begins."""
+    if real_ptr is None:
+        return real_ptr
+    else:
+        return real_ptr + batch.to(tl.int64) * seq_len
+
+
+@triton.jit
+def load_tile(head_ptr, start, keep, row_stride, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Tokens start, start + 1, ... of a head, one per column: (CHANNELS, BLOCK_T) float32.
+
+    Zeros stand for the tokens that are not kept and for the channels beyond WIDTH. Only the tile's beginning is a
+    64-bit offset: one number for the program, where 64 bits for each element would cost it registers.
+    """
+    channels = tl.arange(0, CHANNELS)
+    offsets = tl.arange(0, BLOCK_T)[None, :] * row_stride + channels[:, None]
+    tile_ptr = head_ptr + start.to(tl.int64) * row_stride + offsets
+    return tl.load(tile_ptr, mask=(channels < WIDTH)[:, None] & keep[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(
+    head_ptr, tile, start, keep, row_stride, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    channels = tl.arange(0, CHANNELS)
+    offsets = tl.arange(0, BLOCK_T)[None, :] * row_stride + channels[:, None]
+    tile_ptr = head_ptr + start.to(tl.int64) * row_stride + offsets
+    tl.store(tile_ptr, tile.to(head_ptr.dtype.element_ty), mask=(channels < WIDTH)[:, None] & keep[None, :])
+
+
+@triton.jit
+def state_at(
+    state_ptr, index, head, heads, exists,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Pointers and mask of a state in (index, heads, head_dim, value_dim), contiguous; `exists` is 0 to mask all."""
+    rows, columns = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    state_ptr += (index.to(tl.int64) * heads + head) * (HEAD_DIM * VALUE_DIM)
+    inside = (rows < HEAD_DIM * exists)[:, None] & (columns < VALUE_DIM)[None, :]
+    return state_ptr + (rows[:, None] * VALUE_DIM + columns[None, :]), inside
+
+
+@triton.jit
+def sum_of_states(
+    partial_ptr, begin, end, initial_ptr, sequence, num_states, head, heads,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """initial[sequence] + partial[begin] + ... + partial[end - 1], float32 (BLOCK_K, BLOCK_V); either may be None."""
+    state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    if initial_ptr is not None:
+        exists = (sequence < num_states).to(tl.int32)
+        pointers, inside = state_at(initial_ptr, sequence, head, heads, exists, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
+        state += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    if partial_ptr is not None:
+        for step in range(0, end - begin):
+            pointers, inside = state_at(
+                partial_ptr, begin + step, head, heads, 1, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V
+            )
+            state += tl.load(pointers, mask=inside, other=0.0)
+    return state
+
+
+@triton.jit
+def store_state(
+    state_ptr, state, index, exists, head, heads,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    pointers, inside = state_at(state_ptr, index, head, heads, exists, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
+    tl.store(pointers, state, mask=inside)
+
+
+@triton.jit
+def load_lrpe(theta_ptr, householder_ptr, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """theta as a fraction of a turn, (BLOCK_K / 2,) twice, and the reflection's vector times sqrt(2), (BLOCK_K,)."""
+    if theta_ptr is None:
+        return 0, 0, 0
+    else:
+        pairs, columns = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K)
+        high, low = turn_fraction(tl.load(theta_ptr + pairs, mask=pairs < HEAD_DIM // 2, other=0.0).to(tl.float32))
+        householder = tl.load(householder_ptr + columns, mask=columns < HEAD_DIM, other=0.0).to(tl.float32)
+        return high, low, householder * 1.4142135623730951
+
+
+@triton.jit
+def first_position(position_ptr, batch, batch_stride, begin, end):
+    """The position of a segment's first token; those of the others follow one by one."""
+    if position_ptr is None:
+        return 0
+    else:
+        return tl.load(position_ptr + batch.to(tl.int64) * batch_stride + begin, mask=begin < end, other=0).to(tl.int32)
+
+
+@triton.jit
+def rotation_of_rows(positions, high, low, LRPE: tl.constexpr):
+    """cos and sin of positions · theta, (BLOCK_K / 2, BLOCK_T)."""
+    if LRPE:
+        return rotation_at(positions[None, :], high[:, None], low[:, None])
+    else:
+        return 0, 0
+
+
+@triton.jit
+def rotation_of_tile(position, cos_in_tile, sin_in_tile, high, low, LRPE: tl.constexpr):
+    """cos and sin of a tile whose first token stands at `position`, from those of a tile at 0 (addition theorem)."""
+    if LRPE:
+        cos, sin = rotation_at(position + tl.zeros((1, 1), tl.int32), high[:, None], low[:, None])  # (BLOCK_K / 2, 1)
+        return cos_in_tile * cos - sin_in_tile * sin, sin_in_tile * cos + cos_in_tile * sin
+    else:
+        return 0, 0
+
+
+@triton.jit
+def split_pairs(tile, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The even and the odd channels of a tile, (BLOCK_K / 2, BLOCK_T) each."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_K // 2, 2, BLOCK_T)), (0, 2, 1)))
+
+
+@triton.jit
+def join_pairs(even, odd, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 1)), (BLOCK_K, BLOCK_T))
+
+
+@triton.jit
+def reflect_columns(tile, householder):
+    """(I - 2 v v^T) on each column, for sqrt(2) v; its own inverse and gradient."""
+    return tile - householder[:, None] * tl.sum(tile * householder[:, None], 0)[None, :]
+
+
+@triton.jit
+def keep_real(real_ptr, rows, inside):
+    """Which rows of a tile hold a token that others may see."""
+    if real_ptr is None:
+        return inside
+    else:
+        return inside & (tl.load(real_ptr + rows, mask=inside, other=0) != 0)
+
+
+@triton.jit
+def map_tile(
+    tile, keep, cos, sin, householder,
+    FEATURE_MAP: tl.constexpr, LRPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """q' or k' of a tile: phi, then LRPE; zero for the tokens that are not kept, for any phi."""
+    tile = map_features(tile, FEATURE_MAP)
+    if FEATURE_MAP == "1+elu":
+        tile = tl.where((tl.arange(0, BLOCK_K) < HEAD_DIM)[:, None] & keep[None, :], tile, 0.0)
+    if LRPE:
+        even, odd = split_pairs(reflect_columns(tile, householder), BLOCK_T, BLOCK_K)
+        tile = join_pairs(even * cos - odd * sin, even * sin + odd * cos, BLOCK_T, BLOCK_K)
+    return tile
+
+
+@triton.jit
+def map_tile_backward(
+    grad, tile, mapped, cos, sin, householder, position,
+    FEATURE_MAP: tl.constexpr, LRPE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile as loaded, from the gradient of `map_tile`'s result, and each angle's part in theta's.
+
+    With y = R(angle) x, dy/dangle is (-y_odd, y_even); the angle is position · theta. position: the first token's.
+    """
+    theta_grad = 0.0
+    if LRPE:
+        grad_even, grad_odd = split_pairs(grad, BLOCK_T, BLOCK_K)
+        even, odd = split_pairs(mapped, BLOCK_T, BLOCK_K)
+        positions = (position + tl.arange(0, BLOCK_T)).to(tl.float32)
+        theta_grad = (grad_odd * even - grad_even * odd) * positions[None, :]  # (BLOCK_K / 2, BLOCK_T)
+        grad = join_pairs(grad_even * cos + grad_odd * sin, grad_odd * cos - grad_even * sin, BLOCK_T, BLOCK_K)
+        grad = reflect_columns(grad, householder)
+    return map_features_backward(grad, tile, FEATURE_MAP), theta_grad
+
+
+@triton.jit
+def store_theta_gradient(theta_grad_ptr, theta_grad, index, head, heads, HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Each program has a row of its own in (segments, heads, head_dim / 2); the rows are summed outside, in order."""
+    pairs = tl.arange(0, BLOCK_K // 2)
+    row_ptr = theta_grad_ptr + (index.to(tl.int64) * heads + head) * (HEAD_DIM // 2)
+    tl.store(row_ptr + pairs, tl.sum(theta_grad, 1), mask=pairs < HEAD_DIM // 2)
