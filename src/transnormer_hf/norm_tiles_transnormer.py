@@ -78,15 +78,15 @@ def store_tile(
 
 
 @triton.jit
-def state_at(
-    state_ptr, index, head, heads, exists,
+def state_offsets(
+    index, head, heads, exists,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Pointers and mask of a state in (index, heads, head_dim, value_dim), contiguous; `exists` is 0 to mask all."""
+    """Offsets and mask of a state in (index, heads, head_dim, value_dim), contiguous; `exists` is 0 to mask all."""
     rows, columns = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    state_ptr += (index.to(tl.int64) * heads + head) * (HEAD_DIM * VALUE_DIM)
-    inside = (rows < HEAD_DIM * exists)[:, None] & (columns < VALUE_DIM)[None, :]
-    return state_ptr + (rows[:, None] * VALUE_DIM + columns[None, :]), inside
+    base = (index.to(tl.int64) * heads + head) * (HEAD_DIM * VALUE_DIM)
+    offsets = base + rows[:, None] * VALUE_DIM + columns[None, :]
+    return offsets, (rows < HEAD_DIM * exists)[:, None] & (columns < VALUE_DIM)[None, :]
 
 
 @triton.jit
@@ -97,15 +97,14 @@ def sum_of_states(
     """initial[sequence] + partial[begin] + ... + partial[end - 1], float32 (BLOCK_K, BLOCK_V); either may be None."""
     state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     if initial_ptr is not None:
-        exists = (sequence < num_states).to(tl.int32)
-        pointers, inside = state_at(initial_ptr, sequence, head, heads, exists, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
-        state += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        offsets, inside = state_offsets(
+            sequence, head, heads, (sequence < num_states).to(tl.int32), HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V
+        )
+        state += tl.load(initial_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if partial_ptr is not None:
         for step in range(0, end - begin):
-            pointers, inside = state_at(
-                partial_ptr, begin + step, head, heads, 1, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V
-            )
-            state += tl.load(pointers, mask=inside, other=0.0)
+            offsets, inside = state_offsets(begin + step, head, heads, 1, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
+            state += tl.load(partial_ptr + offsets, mask=inside, other=0.0)
     return state
 
 
@@ -114,8 +113,8 @@ def store_state(
     state_ptr, state, index, exists, head, heads,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    pointers, inside = state_at(state_ptr, index, head, heads, exists, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
-    tl.store(pointers, state, mask=inside)
+    offsets, inside = state_offsets(index, head, heads, exists, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
+    tl.store(state_ptr + offsets, state, mask=inside)
 
 
 @triton.jit
