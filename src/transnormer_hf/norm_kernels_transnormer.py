@@ -264,6 +264,16 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, int, int]]] = {
         "short_backward": (16, 8, 1),
     },
     ("sm_100", "bf16", False): {"key_value_backward": (16, 4, 1)},
+    ("sm_100", "fp32", False): {
+        "state": (64, 4, 1),
+        "output": (64, 8, 2),
+        "query_backward": (32, 8, 1),
+        "key_value_backward": (32, 8, 1),
+        "scan": (32, 8, 2),
+        "scan_backward": (16, 8, 1),
+        "short": (16, 4, 1),
+        "short_backward": (16, 8, 1),
+    },
     ("gfx", "bf16", True): {
         "key_value_backward": (16, 8, 1),
         "scan": (32, 8, 1),
