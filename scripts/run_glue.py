@@ -43,6 +43,7 @@ from transnormer_hf.glue import (
 from transnormer_hf.model_card import EvaluatedSplit, build_glue_card
 from transnormer_hf.training import (
     CardTrainer,
+    EpochSetter,
     ModelArguments,
     Run,
     RunArguments,
@@ -348,7 +349,7 @@ def run(
         references = labels.reshape(-1) if task.is_regression else task_ids[labels]
         return compute_glue_metrics(task, decode(prediction.predictions), references)
 
-    callbacks: list[TrainerCallback] = [TrainingClock(run_args.max_minutes)]
+    callbacks: list[TrainerCallback] = [TrainingClock(run_args.max_minutes), EpochSetter()]
     if run_args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(run_args.early_stopping_patience))
     trainer = CardTrainer(

@@ -46,6 +46,7 @@ from transnormer_hf.lra import (
 from transnormer_hf.model_card import EvaluatedSplit, build_training_card
 from transnormer_hf.training import (
     CardTrainer,
+    EpochSetter,
     ModelArguments,
     Run,
     RunArguments,
@@ -299,7 +300,7 @@ def run(
         eval_dataset=splits["validation"][0] if "validation" in splits else None,
         data_collator=collate,
         compute_metrics=compute_accuracy,
-        callbacks=[TrainingClock(run_args.max_minutes)],
+        callbacks=[TrainingClock(run_args.max_minutes), EpochSetter()],
     )
     trainer.schedule_steps = data_args.schedule_steps
     results: dict[str, Any] = {

@@ -159,7 +159,7 @@ def test_rows_that_are_not_shared_hold_one_piece_and_a_mask():
 CAUSAL_CONFIGS = {
     "t1": TransNormerConfig(**SMALL, **TOKENS, variant="t1", block_size=4, is_causal=True),
     "t2": TransNormerConfig(**SMALL, **TOKENS, variant="t2", block_size=4, is_causal=True),
-    "llama": LlamaConfig(**SMALL, **TOKENS, num_key_value_heads=2, use_cache=False),
+    "llama": LlamaConfig(**SMALL, **TOKENS, num_key_value_heads=2),
 }
 
 
@@ -171,6 +171,7 @@ def test_a_document_in_a_row_is_treated_as_if_it_were_alone(name):
     else:
         rule = Packing(24, True, PAD)
         model = AutoModelForCausalLM.from_config(CAUSAL_CONFIGS[name]).eval()
+        model.config.use_cache = False  # as the Trainer does
     rows = list(rule.rows([[END, *document, END] for document in documents(seed=3)]))
     batch = {key: torch.tensor(np.stack([row[key] for row in rows])) for key in ("input_ids", "position_ids")}
     with torch.no_grad():
@@ -194,8 +195,10 @@ def test_a_document_in_a_row_is_treated_as_if_it_were_alone(name):
 )
 def test_models_that_look_across_documents_are_found_out(config, auto_class, expected):
     model = auto_class.from_config(config).train()
+    had_cache = getattr(model.config, "use_cache", None)
     assert keeps_sequences_apart(model) is expected
     assert model.training
+    assert getattr(model.config, "use_cache", None) == had_cache
 
 
 # ---- Masks ----

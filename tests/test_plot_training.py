@@ -24,7 +24,7 @@ def test_runs_are_drawn_over_time_and_tokens(tmp_path, monkeypatch):
     first, second = write_run(tmp_path / "a", [5.0, 4.0, 3.0]), write_run(tmp_path / "b", [6.0, 5.5])
     plot_training.main(["--runs", f"T1={first}", f"T2={second}", "--output", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    by_minute, by_token = figures[0].axes
+    by_minute, by_token = figures[-1].axes
     assert [text.get_text() for text in by_minute.get_legend().get_texts()] == [
         "T1, validation 3.000",
         "T2, validation 5.500",

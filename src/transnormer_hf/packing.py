@@ -308,10 +308,13 @@ class PackedStream(IterableDataset):
 def keeps_sequences_apart(model: PreTrainedModel) -> bool:
     """Whether what a model says about a sequence is free of the one in front of it, where `position_ids` restart.
 
-    It is tried: the tokens of the first sequence change, what is said about the second must not.
+    It is tried: the tokens of the first sequence change, what is said about the second must not. There is no cache, as
+    in training: with one, the models of transformers do not look for where positions restart.
     """
-    was_training = model.training
+    was_training, had_cache = model.training, getattr(model.config, "use_cache", None)
     model.eval()
+    if had_cache is not None:
+        model.config.use_cache = False
     size = min(4, getattr(model.config, "max_position_embeddings", None) or 4)
     first, second = torch.arange(2 * size, device=model.device).view(2, size) % model.config.vocab_size
     changed = (first + size + 1) % model.config.vocab_size
@@ -325,4 +328,6 @@ def keeps_sequences_apart(model: PreTrainedModel) -> bool:
         return False
     finally:
         model.train(was_training)
+        if had_cache is not None:
+            model.config.use_cache = had_cache
     return bool((before - after).abs().max() <= 1e-5 * before.std())

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
@@ -41,6 +40,7 @@ from .packing import (
 )
 from .training import (
     CardTrainer,
+    EpochSetter,
     ModelArguments,
     Run,
     RunArguments,
@@ -364,16 +364,6 @@ def make_packing(
 # ---- Training ----
 
 
-class MaskingEpoch(TrainerCallback):
-    """Tells the training rows the epoch, which chooses their masks; accelerate forgets to after a resume."""
-
-    def __init__(self, rows: PackedRows):
-        self.rows = rows
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.rows.set_epoch(int((state.epoch or 0) + 1e-6))  # the part of an epoch that a resumed run has behind it
-
-
 class PretrainingTrainer(CardTrainer):
     """A Trainer whose labels are aligned with the inputs, and whose evaluation counts tokens and words exactly."""
 
@@ -500,10 +490,7 @@ def run(
                 data_args.mlm_probability,
                 seed,
             )
-    callbacks: list[TrainerCallback] = [TrainingClock(run_args.max_minutes)]
-    if isinstance(rows.get("train"), PackedRows):
-        callbacks.append(MaskingEpoch(rows["train"]))
-    elif "train" in rows:
+    if data_args.streaming and "train" in rows:
         rows["train"].seed = args.seed
     had_cache = getattr(model.config, "use_cache", None)
     trainer = PretrainingTrainer(
@@ -514,7 +501,7 @@ def run(
         processing_class=tokenizer,
         data_collator=collate,
         compute_loss_func=aligned_loss,
-        callbacks=callbacks,
+        callbacks=[TrainingClock(run_args.max_minutes), EpochSetter()],
     )
     trainer.warmup_init_lr = data_args.warmup_init_lr
     results: dict[str, Any] = {"task_name": objective.name, "parameters": model.num_parameters()}

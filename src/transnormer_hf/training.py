@@ -439,6 +439,19 @@ class TrainingClock(TrainerCallback):
         state.log_history[-1]["train_minutes"] = self.seconds / 60
 
 
+class EpochSetter(TrainerCallback):
+    """Tells the epoch to the sampler that shuffles the training rows, and to the rows where they care.
+
+    After a resume in the middle of an epoch accelerate does not reach the rows, and 1.3 not even the sampler.
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+        epoch = int((state.epoch or 0) + 1e-6)  # a resumed run has part of an epoch behind it
+        for target in (train_dataloader, getattr(train_dataloader, "dataset", None)):
+            if target is not None and hasattr(target, "set_epoch"):
+                target.set_epoch(epoch)
+
+
 def change_factors(scheduler: Any, change: Callable[[Callable[[int], float]], Callable[[int], float]]) -> Any:
     """The scheduler with each factor of the learning rate, a function of the step, replaced by `change` of it.
 
