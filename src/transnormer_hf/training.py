@@ -34,6 +34,7 @@ from transformers import (
     set_seed,
 )
 
+from .checkpoints import is_whole_checkpoint, last_whole_checkpoint
 from .glue import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -179,8 +180,11 @@ def check_run_arguments(args: RunArguments, training_args: TrainingArguments) ->
     if args.max_minutes is not None and args.max_minutes <= 0:
         raise ValueError(f"--max_minutes {args.max_minutes} must be more than 0.")
     resume = training_args.resume_from_checkpoint
-    if resume and not (Path(resume) / "trainer_state.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint {resume} is not a checkpoint folder: it has no trainer_state.json.")
+    if resume and not is_whole_checkpoint(resume):
+        raise ValueError(
+            f"--resume_from_checkpoint {resume} is not a whole checkpoint: it has no trainer_state.json (which is"
+            " written last) or a file is cut off. Without the argument, the last whole one in --output_dir is taken."
+        )
 
 
 # ---- Model ----
@@ -365,18 +369,16 @@ def find_checkpoint(folder: Path, run_args: RunArguments, training_args: Trainin
     if training_args.resume_from_checkpoint or not training_args.do_train:
         return training_args.resume_from_checkpoint
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    found.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    # A run that was killed while saving leaves a folder without the file that is written last.
-    whole = [path for path in found if (path / "trainer_state.json").is_file()]
     if run_args.overwrite_output_dir:
         if found and training_args.should_save:
             logger.warning("--overwrite_output_dir: removing %s.", ", ".join(map(str, found)))
             for path in found:
                 shutil.rmtree(path)
         return None
-    if whole:
-        logger.info("Going on from %s; train anew with --overwrite_output_dir.", whole[-1])
-        return str(whole[-1])
+    whole = last_whole_checkpoint(folder)
+    if whole is not None:
+        logger.info("Going on from %s; train anew with --overwrite_output_dir.", whole)
+        return str(whole)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"--output_dir {folder} holds files but no checkpoint to go on from: give another folder or"
@@ -402,9 +404,30 @@ def set_up_logging(script: str, training_args: TrainingArguments) -> None:
 
 
 class CardTrainer(Trainer):
-    """A Trainer whose model card is this project's, so that `push_to_hub` uploads it and not a draft."""
+    """A Trainer whose model card is this project's, so that `push_to_hub` uploads it and not a draft.
+
+    On several processes a checkpoint is whole when its last file is there, and the model is saved whole.
+    """
 
     card: str | None = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; but with FSDP it writes the whole model also where checkpoints are sharded."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None or _internal_call:  # by the Trainer itself: part of a checkpoint
+            super().save_model(output_dir, _internal_call)
+            return
+        kind = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir)
+        finally:
+            plugin.set_state_dict_type(kind)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The main process goes on to trainer_state.json, the mark of a whole checkpoint: not before all have written.
+        self.accelerator.wait_for_everyone()
 
     def create_model_card(self, **_: Any) -> None:
         """Write the card of the run to `output_dir/README.md`, once it is known."""
