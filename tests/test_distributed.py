@@ -24,7 +24,7 @@ from transformers import BertTokenizerFast, TrainerCallback, TrainingArguments, 
 from ranks import run_ranks
 from transnormer_hf import TransNormerConfig, TransNormerForCausalLM
 from transnormer_hf.checkpoints import is_whole_checkpoint, last_whole_checkpoint
-from transnormer_hf.training import CardTrainer
+from transnormer_hf.training import CardTrainer, TrainingClock
 
 CONFIGS = Path(__file__).parent.parent / "scripts" / "accelerate"
 STEPS, GLOBAL_BATCH = 20, 8
@@ -115,10 +115,13 @@ ENGINES = [
 
 
 @pytest.mark.parametrize(("config", "variant", "engine"), ENGINES)
-def test_two_processes_give_the_losses_and_the_model_of_one(tmp_path, config, variant, engine):
+def test_two_processes_give_the_losses_and_the_model_of_one(tmp_path, record_property, config, variant, engine):
     alone = train(tmp_path / "alone", variant)
     assert alone["losses"][-1] < alone["losses"][0] - 0.5  # it learns, so that a difference would grow
     ranks = run_ranks(train, 2, tmp_path / "ranks", variant, env=environment_of(config))
+    record_property(
+        "largest difference", max(abs(a - b) for a, b in zip(alone["losses"], ranks[0]["losses"], strict=True))
+    )
     for rank in ranks:
         assert engine in rank["engine"]
         assert len(rank["losses"]) == STEPS
@@ -223,6 +226,18 @@ def save_with_a_slow_rank(folder: Path) -> bool:
 
 def test_a_checkpoint_is_not_marked_whole_before_all_ranks_have_written(tmp_path):
     assert run_ranks(save_with_a_slow_rank, 2, tmp_path / "out", env=environment_of("ddp.yaml")) == [False, False]
+
+
+def train_by_clocks(folder: Path, minutes: list[float]) -> int:
+    """The last step of a run in which each rank has a time limit of its own."""
+    clock = TrainingClock(minutes[dist.get_rank()])
+    trainer = make_trainer(folder, "t1", KILLED_STEPS, KILLED_STEPS, 0.0, [clock])
+    trainer.train()
+    return trainer.state.global_step
+
+
+def test_all_ranks_stop_after_the_same_step_when_the_time_of_one_is_over(tmp_path):
+    assert run_ranks(train_by_clocks, 2, tmp_path / "out", [1000.0, 1e-9], env=environment_of("ddp.yaml")) == [1, 1]
 
 
 # ---- The configuration files ----

@@ -454,7 +454,14 @@ class TrainingClock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds += time.perf_counter() - self._step_began
-        if self.max_minutes is not None and self.seconds >= 60 * self.max_minutes:
+        if self.max_minutes is None:
+            return
+        is_over = self.seconds >= 60 * self.max_minutes
+        if torch.distributed.is_initialized():  # clocks differ, and all ranks must stop after the same step
+            flag = torch.tensor(float(is_over), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            is_over = bool(flag)
+        if is_over:
             control.should_training_stop = True
             control.should_log = True
 
