@@ -281,7 +281,7 @@ class _Launch:
             arguments |= {f"{argument}_stride_{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
         arguments |= {f"{argument}_ptr": tensor for argument, tensor in pointers.items()}
         key = self.target, self.dtype, self.head_dim, self.plan.tile
-        arguments |= kernel_constants(*key, causal, activation == "relu", is_interpreted())
+        arguments |= kernel_constants(name, *key, causal, activation == "relu", is_interpreted())
         options = launch_options(name, *key)
         with torch.cuda.device_of(self.query):
             kernel[(self.programs,)](**arguments, **options)

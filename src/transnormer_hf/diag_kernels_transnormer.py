@@ -11,9 +11,10 @@ With s = scale · q k^T inside a block, seen keys only, the kernels compute
 
 where Q and K carry LRPE, whose gradient goes on to q, k and theta.
 
-There are two forms. A block that fits into a tile (`"tile"`: the usual one, several small blocks together) is read
-once, and its scores never leave the chip: q, k, v in and o out, then q, k, v, dO in and dQ, dK, dV out. A block that is
-too large for that (`"split"`) is walked over in tiles as in FlashAttention; what is read again comes from the cache.
+There are two forms. A block that fits into a tile (`"tile"`: the usual one, several small blocks together) belongs to
+one program, and its scores never leave the chip: q, k, v in and o out, then q, k, v, dO in and dQ, dK, dV out. A block
+that is too large for that (`"split"`) is walked over in tiles as in FlashAttention. In both, what a program reads again
+comes from the cache.
 
 Blocks start where a sequence starts. Nothing about that is known on the host: every program finds its own columns from
 the position of the first token, or from cu_seqlens.
@@ -97,123 +98,173 @@ def locate_tile(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Vectors, in two halves of their channels
+# Vectors: CHUNK of their channels at a time, in two halves
 #
 # No sum over channels minds their order. With LRPE the halves are the even and the odd channels, so that a rotation is
 # plain arithmetic between two tiles; without, they are the first and the last channels, read and written as they lie.
-# Halves also keep fewer registers busy than whole tiles do.
+# A chunk begins at channel `chunk`, and what the program needs of it again it reads again, from the cache: registers
+# are what the backward pass lacks.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def load_halves(
-    pointer, tokens, exists, stride_t, stride_d, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+    pointer, tokens, exists, stride_t, stride_d, chunk, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """One head's vectors of some tokens, zeros where there is none: two (tokens, WIDTH / 2) float32."""
+    """One head's vectors of some tokens, zeros where there is none: two (tokens, CHUNK / 2) float32."""
     rows = pointer + tokens[:, None] * stride_t
-    if PAIRS:
-        channels = tl.arange(0, WIDTH)[None, :]
-        whole = tl.load(rows + channels * stride_d, mask=exists[:, None] & (channels < HEAD_DIM), other=0.0)
-        first, second = tl.split(tl.reshape(whole.to(tl.float32), (tokens.shape[0], WIDTH // 2, 2)))
-        return first, second
-    else:
-        channels = tl.arange(0, WIDTH // 2)[None, :]
-        first = tl.load(rows + channels * stride_d, mask=exists[:, None] & (channels < HEAD_DIM), other=0.0)
-        channels += WIDTH // 2
-        second = tl.load(rows + channels * stride_d, mask=exists[:, None] & (channels < HEAD_DIM), other=0.0)
-        return first.to(tl.float32), second.to(tl.float32)
+    channels = chunk + tl.arange(0, CHUNK // 2)[None, :]
+    first = tl.load(rows + channels * stride_d, mask=exists[:, None] & (channels < HEAD_DIM), other=0.0)
+    channels += CHUNK // 2
+    second = tl.load(rows + channels * stride_d, mask=exists[:, None] & (channels < HEAD_DIM), other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)
 
 
 @triton.jit
 def store_halves(
-    pointer, first, second, tokens, exists, stride_t, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
-):
-    """The inverse of `load_halves`, for a tensor whose channels lie side by side."""
+    pointer, first, second, tokens, exists, stride_t, PAIRS: tl.constexpr,
+    chunk, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Store halves, which PAIRS says are the even and the odd channels. Channels lie side by side in memory."""
     rows = pointer + tokens[:, None] * stride_t
     element_type = pointer.dtype.element_ty
     if PAIRS:
-        channels = tl.arange(0, WIDTH)[None, :]
-        whole = tl.reshape(tl.join(first, second), (tokens.shape[0], WIDTH)).to(element_type)
+        channels = chunk + tl.arange(0, CHUNK)[None, :]
+        whole = tl.reshape(tl.join(first, second), (tokens.shape[0], CHUNK)).to(element_type)
         tl.store(rows + channels, whole, mask=exists[:, None] & (channels < HEAD_DIM))
     else:
-        channels = tl.arange(0, WIDTH // 2)[None, :]
+        channels = chunk + tl.arange(0, CHUNK // 2)[None, :]
         tl.store(rows + channels, first.to(element_type), mask=exists[:, None] & (channels < HEAD_DIM))
-        channels += WIDTH // 2
+        channels += CHUNK // 2
         tl.store(rows + channels, second.to(element_type), mask=exists[:, None] & (channels < HEAD_DIM))
 
 
 @triton.jit
-def load_lrpe(places, table_ptr, householder_ptr, block_size, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """cos and sin of place · theta, (tokens, WIDTH / 2) each, and the reflection's even and odd channels.
+def load_table(places, exists, table_ptr, block_size, chunk, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """cos and sin of place · theta, (tokens, CHUNK / 2) each.
 
     The table is small (32 KiB for 64 places of 128 channels), and every program reads it: it stays in the caches.
     """
-    pairs = tl.arange(0, WIDTH // 2)
-    entries = table_ptr + places[:, None] * (WIDTH // 2) + pairs[None, :]
-    is_inside = (places < block_size)[:, None]
-    cos = tl.load(entries, mask=is_inside, other=0.0)
-    sin = tl.load(entries + block_size * (WIDTH // 2), mask=is_inside, other=0.0)
-    even = tl.load(householder_ptr + 2 * pairs, mask=pairs < HEAD_DIM // 2, other=0.0).to(tl.float32)
-    odd = tl.load(householder_ptr + 2 * pairs + 1, mask=pairs < HEAD_DIM // 2, other=0.0).to(tl.float32)
-    return cos, sin, even, odd
+    entries = table_ptr + places[:, None] * (WIDTH // 2) + (chunk // 2 + tl.arange(0, CHUNK // 2))[None, :]
+    cos = tl.load(entries, mask=exists[:, None], other=0.0)
+    sin = tl.load(entries + block_size * (WIDTH // 2), mask=exists[:, None], other=0.0)
+    return cos, sin
 
 
 @triton.jit
-def reflect_pairs(even, odd, householder_even, householder_odd):
-    """(I - 2 v v^T) x for every row x; its own inverse and its own gradient."""
-    along = 2 * (tl.sum(even * householder_even[None, :], 1) + tl.sum(odd * householder_odd[None, :], 1))
-    return even - along[:, None] * householder_even[None, :], odd - along[:, None] * householder_odd[None, :]
+def load_and_project(
+    pointer, tokens, exists, stride_t, stride_d, householder_ptr, chunk, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr
+):
+    """A chunk of some vectors x, (tokens, CHUNK), of the reflection v, (1, CHUNK), and 2 x · v of that chunk."""
+    channels = chunk + tl.arange(0, CHUNK)
+    householder = tl.load(householder_ptr + channels, mask=channels < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+    pointers = pointer + tokens[:, None] * stride_t + channels[None, :] * stride_d
+    whole = tl.load(pointers, mask=exists[:, None] & (channels < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+    return whole, householder, 2 * tl.sum(whole * householder, 1)
 
 
 @triton.jit
-def settle(tile):
-    """The same tile; a sum over one entry, which the compiler moves nothing across.
+def project(
+    pointer, tokens, exists, stride_t, stride_d, householder_ptr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """2 x · v over all chunks, (tokens,): how far the reflection (I - 2 v v^T) x moves x along -v.
 
-    Else it would turn the operands of a rotation, not its result, into the registers of a matrix product, where each
-    warp holds all of a tile: the rotation would be computed once per warp, and for the backward pass spill.
+    None where there is one chunk, which tells `load_turned` that it sees all of x.
     """
-    return tl.sum(tl.expand_dims(tile, 2), 2)
+    if householder_ptr is None or WIDTH == CHUNK:
+        return None
+    else:
+        along = tl.zeros((tokens.shape[0],), tl.float32)
+        for chunk in range(0, WIDTH, CHUNK):
+            along += load_and_project(
+                pointer, tokens, exists, stride_t, stride_d, householder_ptr, chunk, HEAD_DIM, CHUNK
+            )[2]
+        return along
 
 
 @triton.jit
 def load_turned(
-    pointer, tokens, exists, stride_t, stride_d, places, table_ptr, householder_ptr, block_size,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    pointer, tokens, exists, stride_t, stride_d, places, table_ptr, householder_ptr, block_size, along,
+    chunk, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Queries or keys with LRPE, where there is one."""
-    first, second = load_halves(pointer, tokens, exists, stride_t, stride_d, table_ptr is not None, HEAD_DIM, WIDTH)
+    """Queries or keys with LRPE, where there is one. along: their `project`.
+
+    A rotated channel is written as the sum of two products, over an axis of its own, because the compiler moves nothing
+    across a sum. Else it would turn the operands of the rotation, not its result, into the registers of a matrix
+    product, of which every warp holds all of a tile: the rotation would be computed once per warp, and for want of
+    registers the backward pass would spill.
+    """
     if table_ptr is not None:
-        cos, sin, householder_even, householder_odd = load_lrpe(
-            places, table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH
+        cos, sin = load_table(places, exists, table_ptr, block_size, chunk, WIDTH, CHUNK)
+        whole, householder, along_chunk = load_and_project(
+            pointer, tokens, exists, stride_t, stride_d, householder_ptr, chunk, HEAD_DIM, CHUNK
         )
-        even, odd = reflect_pairs(first, second, householder_even, householder_odd)
-        first = settle(even * cos - odd * sin)
-        second = settle(even * sin + odd * cos)
-    return first, second
+        if along is None:
+            along = along_chunk
+        whole -= along[:, None] * householder
+        even, odd = tl.split(tl.reshape(whole, (tokens.shape[0], CHUNK // 2, 2)))
+        return tl.sum(tl.join(even * cos, -odd * sin), 2), tl.sum(tl.join(even * sin, odd * cos), 2)
+    else:
+        return load_halves(pointer, tokens, exists, stride_t, stride_d, chunk, HEAD_DIM, WIDTH, CHUNK)
+
+
+@triton.jit
+def turn_back(
+    grad_first, grad_second, exists, places, table_ptr, householder_ptr, block_size,
+    chunk, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Gradients before the rotation, given those after it: the even and odd channels, v's, and 2 x · v of the chunk.
+
+    cos and sin are read once more: that is cheaper than to keep them through the kernel.
+    """
+    cos, sin = load_table(places, exists, table_ptr, block_size, chunk, WIDTH, CHUNK)
+    even = grad_first * cos + grad_second * sin
+    odd = grad_second * cos - grad_first * sin
+    channels = chunk + 2 * tl.arange(0, CHUNK // 2)
+    inside = channels < HEAD_DIM
+    householder_even = tl.load(householder_ptr + channels, mask=inside, other=0.0).to(tl.float32)[None, :]
+    householder_odd = tl.load(householder_ptr + channels + 1, mask=inside, other=0.0).to(tl.float32)[None, :]
+    along = 2 * (tl.sum(even * householder_even, 1) + tl.sum(odd * householder_odd, 1))
+    return even, odd, householder_even, householder_odd, along
 
 
 @triton.jit
 def store_turned_back(
     pointer, grad_first, grad_second, turned_first, turned_second, tokens, exists, stride_t, places,
-    table_ptr, householder_ptr, block_size, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    table_ptr, householder_ptr, block_size, along,
+    chunk, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of queries or keys, given the one after LRPE; returns their part of theta's, (WIDTH / 2,).
+    """Store the gradient of queries or keys, given the one after LRPE; returns their part of theta's, (CHUNK / 2,).
 
-    y = R(angle) x has dy / dangle = (-y_odd, y_even), and angle = place · theta. cos and sin are read once more:
-    that is cheaper than to keep them through the kernel.
+    y = R(angle) x has dy / dangle = (-y_odd, y_even), and angle = place · theta. along: 2 x · v of all chunks of the
+    gradients before the rotation, None where there is one chunk.
     """
-    grad_theta = tl.zeros((WIDTH // 2,), tl.float32)
+    grad_theta = tl.zeros((CHUNK // 2,), tl.float32)
     if table_ptr is not None:
         grad_angle = grad_second * turned_first.to(tl.float32) - grad_first * turned_second.to(tl.float32)
         grad_theta = tl.sum(grad_angle * places.to(tl.float32)[:, None], 0)
-        cos, sin, householder_even, householder_odd = load_lrpe(
-            places, table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH
-        )
-        grad_even = grad_first * cos + grad_second * sin
-        grad_odd = grad_second * cos - grad_first * sin
-        grad_first, grad_second = reflect_pairs(grad_even, grad_odd, householder_even, householder_odd)
-    store_halves(pointer, grad_first, grad_second, tokens, exists, stride_t, table_ptr is not None, HEAD_DIM, WIDTH)
+        even, odd, householder_even, householder_odd, along_chunk = turn_back(
+            grad_first, grad_second, exists, places, table_ptr, householder_ptr, block_size,
+            chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        if along is None:
+            along = along_chunk
+        grad_first = even - along[:, None] * householder_even
+        grad_second = odd - along[:, None] * householder_odd
+    store_halves(
+        pointer, grad_first, grad_second, tokens, exists, stride_t, table_ptr is not None, chunk, HEAD_DIM, WIDTH, CHUNK
+    )
     return grad_theta
+
+
+@triton.jit
+def add_inner_products(
+    products, row_first, row_second, column_first, column_second, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """products + rows columns^T over a chunk of the channels: (rows, columns) float32."""
+    products = tl.dot(row_first.to(DOT_TYPE), tl.trans(column_first.to(DOT_TYPE)), products, input_precision=PRECISION)
+    return tl.dot(row_second.to(DOT_TYPE), tl.trans(column_second.to(DOT_TYPE)), products, input_precision=PRECISION)
 
 
 @triton.jit
@@ -244,6 +295,23 @@ def mark_dropped(weights, seed_ptr, row_and_head, query_columns, key_start, drop
     bits = tl.reshape(bits, (query_columns.shape[0], KEYS))
     uniform = (bits >> 8).to(tl.int32).to(tl.float32) * (1.0 / (1 << 24))  # exact, in [0, 1)
     return tl.where(uniform >= dropout_p, weights, -weights)
+
+
+@triton.jit
+def grad_of_scores(weights, grad_weights, row_sums, seed_ptr, keep_scale, RELU: tl.constexpr):
+    """dS from the map (dropped entries with a minus sign) and dO V^T: (queries, keys) float32.
+
+    row_sums: rowsum(P ∘ dP), (queries,), or None where the whole row is here; not used for relu.
+    """
+    if seed_ptr is not None:
+        grad_weights = tl.where(weights > 0.0, grad_weights * keep_scale, 0.0)
+        weights = tl.abs(weights)
+    if RELU:
+        return tl.where(weights > 0.0, grad_weights, 0.0)
+    else:
+        if row_sums is None:
+            row_sums = tl.sum(weights * grad_weights, 1)
+        return weights * (grad_weights - row_sums[:, None])
 
 
 @triton.jit
@@ -298,8 +366,8 @@ def diag_tile_forward_kernel(
     seed_ptr,  # (1,)
     scale, dropout_p, keep_scale,
     num_heads, seq_len, num_sequences, programs_per_row, block_size, tile_tokens,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr,
-    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """One program: one head, `tile_tokens` <= TILE places, a whole number of blocks. Reads 3, writes 1 tile."""
     program = tl.program_id(0)
@@ -323,35 +391,22 @@ def diag_tile_forward_kernel(
     value_ptr += row * value_stride_b + head * value_stride_h + first * value_stride_t
     output_ptr += row * output_stride_b + head * output_stride_h + first * output_stride_t
 
-    query_first, query_second = load_turned(
-        query_ptr,
-        places,
-        exists,
-        query_stride_t,
-        query_stride_d,
-        within,
-        table_ptr,
-        householder_ptr,
-        block_size,
-        HEAD_DIM,
-        WIDTH,
+    query_along = project(
+        query_ptr, places, exists, query_stride_t, query_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK
     )
-    key_first, key_second = load_turned(
-        key_ptr,
-        places,
-        is_key,
-        key_stride_t,
-        key_stride_d,
-        within,
-        table_ptr,
-        householder_ptr,
-        block_size,
-        HEAD_DIM,
-        WIDTH,
-    )
-    scores = scale * inner_products(
-        query_first.to(DOT_TYPE), query_second.to(DOT_TYPE), key_first.to(DOT_TYPE), key_second.to(DOT_TYPE), PRECISION
-    )  # (TILE, TILE)
+    key_along = project(key_ptr, places, is_key, key_stride_t, key_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
+    scores = tl.zeros((TILE, TILE), tl.float32)
+    for chunk in range(0, WIDTH, CHUNK):
+        query_first, query_second = load_turned(
+            query_ptr, places, exists, query_stride_t, query_stride_d, within,
+            table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        key_first, key_second = load_turned(
+            key_ptr, places, is_key, key_stride_t, key_stride_d, within,
+            table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        scores = add_inner_products(scores, query_first, query_second, key_first, key_second, DOT_TYPE, PRECISION)
+    scores *= scale
     visible = is_key[None, :] & (places[:, None] // block_size == places[None, :] // block_size)
     if CAUSAL:
         visible &= places[:, None] >= places[None, :]
@@ -365,12 +420,16 @@ def diag_tile_forward_kernel(
         )
         weights = tl.maximum(weights, 0.0) * keep_scale
     weights = weights.to(MAP_TYPE)
-    value_first, value_second = load_halves(
-        value_ptr, places, is_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
-    )
-    output_first = tl.dot(weights, value_first.to(MAP_TYPE), input_precision=PRECISION)  # (TILE, WIDTH / 2)
-    output_second = tl.dot(weights, value_second.to(MAP_TYPE), input_precision=PRECISION)
-    store_halves(output_ptr, output_first, output_second, places, exists, output_stride_t, False, HEAD_DIM, WIDTH)
+    for chunk in range(0, WIDTH, CHUNK):
+        value_first, value_second = load_halves(
+            value_ptr, places, is_key, value_stride_t, value_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
+        )
+        output_first = tl.dot(weights, value_first.to(MAP_TYPE), input_precision=PRECISION)  # (TILE, CHUNK / 2)
+        output_second = tl.dot(weights, value_second.to(MAP_TYPE), input_precision=PRECISION)
+        store_halves(
+            output_ptr, output_first, output_second, places, exists, output_stride_t, False,
+            chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["seq_len", "num_sequences", "programs_per_row", "block_size", "tile_tokens"])
@@ -388,15 +447,17 @@ def diag_tile_backward_kernel(
     seed_ptr,
     scale, dropout_p, keep_scale,
     num_heads, seq_len, num_sequences, programs_per_row, block_size, tile_tokens,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr,
-    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """The same tile once more: reads 4 tiles, writes 3. The map and its row sums are computed again on the chip."""
+    """The same tile once more: reads 4 tiles, writes 3. The map and its row sums are computed again on the chip.
+
+    q and k are read (and turned) once for the map and again for dQ and dK; by then they are in the cache.
+    """
     program = tl.program_id(0)
     head = (program % num_heads).to(tl.int64)
     tile = program // num_heads % programs_per_row
     row = (program // num_heads // programs_per_row).to(tl.int64)
-    pairs = tl.arange(0, WIDTH // 2)
     if table_ptr is not None:
         grad_theta_ptr += program.to(tl.int64) * (WIDTH // 2)
     first, begin, end = locate_tile(
@@ -404,7 +465,7 @@ def diag_tile_backward_kernel(
     )
     if first >= end:
         if table_ptr is not None:
-            tl.store(grad_theta_ptr + pairs, tl.zeros((WIDTH // 2,), tl.float32))
+            tl.store(grad_theta_ptr + tl.arange(0, WIDTH // 2), tl.zeros((WIDTH // 2,), tl.float32))
         return
     places = tl.arange(0, TILE)
     within = places % block_size
@@ -419,37 +480,22 @@ def diag_tile_backward_kernel(
     value_ptr += row * value_stride_b + head * value_stride_h + first * value_stride_t
     start = row * output_stride_b + head * output_stride_h + first * output_stride_t
 
-    query_first, query_second = load_turned(
-        query_ptr,
-        places,
-        exists,
-        query_stride_t,
-        query_stride_d,
-        within,
-        table_ptr,
-        householder_ptr,
-        block_size,
-        HEAD_DIM,
-        WIDTH,
+    query_along = project(
+        query_ptr, places, exists, query_stride_t, query_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK
     )
-    query_first = query_first.to(DOT_TYPE)
-    query_second = query_second.to(DOT_TYPE)
-    key_first, key_second = load_turned(
-        key_ptr,
-        places,
-        is_key,
-        key_stride_t,
-        key_stride_d,
-        within,
-        table_ptr,
-        householder_ptr,
-        block_size,
-        HEAD_DIM,
-        WIDTH,
-    )
-    key_first = key_first.to(DOT_TYPE)
-    key_second = key_second.to(DOT_TYPE)
-    scores = inner_products(query_first, query_second, key_first, key_second, PRECISION) * scale  # (TILE, TILE)
+    key_along = project(key_ptr, places, is_key, key_stride_t, key_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
+    scores = tl.zeros((TILE, TILE), tl.float32)
+    for chunk in range(0, WIDTH, CHUNK):
+        query_first, query_second = load_turned(
+            query_ptr, places, exists, query_stride_t, query_stride_d, within,
+            table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        key_first, key_second = load_turned(
+            key_ptr, places, is_key, key_stride_t, key_stride_d, within,
+            table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        scores = add_inner_products(scores, query_first, query_second, key_first, key_second, DOT_TYPE, PRECISION)
+    scores *= scale
     visible = is_key[None, :] & (places[:, None] // block_size == places[None, :] // block_size)
     if CAUSAL:
         visible &= places[:, None] >= places[None, :]
@@ -462,61 +508,85 @@ def diag_tile_backward_kernel(
             weights, seed_ptr, row * num_heads + head, first.to(tl.int32) + places, 0, dropout_p, TILE
         )
 
-    grad_first, grad_second = load_halves(
-        grad_ptr, places, exists, grad_stride_t, grad_stride_d, False, HEAD_DIM, WIDTH
-    )
-    grad_first = grad_first.to(DOT_TYPE)
-    grad_second = grad_second.to(DOT_TYPE)
     dropped = weights
     if seed_ptr is not None:
         dropped = tl.maximum(weights, 0.0) * keep_scale
     dropped = tl.trans(dropped.to(MAP_TYPE))
-    grad_value_first = tl.dot(dropped, grad_first.to(MAP_TYPE), input_precision=PRECISION)  # (TILE, WIDTH / 2)
-    grad_value_second = tl.dot(dropped, grad_second.to(MAP_TYPE), input_precision=PRECISION)
-    store_halves(
-        grad_value_ptr + start,
-        grad_value_first,
-        grad_value_second,
-        places,
-        exists,
-        output_stride_t,
-        False,
-        HEAD_DIM,
-        WIDTH,
-    )
+    grad_weights = tl.zeros((TILE, TILE), tl.float32)
+    for chunk in range(0, WIDTH, CHUNK):
+        grad_first, grad_second = load_halves(
+            grad_ptr, places, exists, grad_stride_t, grad_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
+        )
+        grad_value_first = tl.dot(dropped, grad_first.to(MAP_TYPE), input_precision=PRECISION)  # (TILE, CHUNK / 2)
+        grad_value_second = tl.dot(dropped, grad_second.to(MAP_TYPE), input_precision=PRECISION)
+        store_halves(
+            grad_value_ptr + start, grad_value_first, grad_value_second, places, exists, output_stride_t, False,
+            chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        value_first, value_second = load_halves(
+            value_ptr, places, is_key, value_stride_t, value_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
+        )
+        grad_weights = add_inner_products(
+            grad_weights, grad_first, grad_second, value_first, value_second, DOT_TYPE, PRECISION
+        )
+    grad_scores = grad_of_scores(weights, grad_weights, None, seed_ptr, keep_scale, RELU) * scale
+    grad_scores = grad_scores.to(MAP_TYPE)
+    grad_scores_t = tl.trans(grad_scores)
 
-    # read after the store of dV, or the compiler would have all of it in registers at once
-    value_first, value_second = load_halves(
-        value_ptr, places, is_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
-    )
-    grad_weights = inner_products(
-        grad_first, grad_second, value_first.to(DOT_TYPE), value_second.to(DOT_TYPE), PRECISION
-    )
-    if seed_ptr is not None:
-        grad_weights = tl.where(weights > 0.0, grad_weights * keep_scale, 0.0)
-        weights = tl.abs(weights)
-    if RELU:
-        grad_scores = tl.where(weights > 0.0, grad_weights, 0.0)
-    else:
-        grad_scores = weights * (grad_weights - tl.sum(weights * grad_weights, 1)[:, None])
-    grad_scores = (grad_scores * scale).to(MAP_TYPE)
-    grad_theta = store_turned_back(
-        grad_query_ptr + start,
-        tl.dot(grad_scores, key_first.to(MAP_TYPE), input_precision=PRECISION),
-        tl.dot(grad_scores, key_second.to(MAP_TYPE), input_precision=PRECISION),
-        query_first, query_second, places, exists, output_stride_t, within,
-        table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
-    )  # fmt: skip
-    grad_scores = tl.trans(grad_scores)
-    grad_theta += store_turned_back(
-        grad_key_ptr + start,
-        tl.dot(grad_scores, query_first.to(MAP_TYPE), input_precision=PRECISION),
-        tl.dot(grad_scores, query_second.to(MAP_TYPE), input_precision=PRECISION),
-        key_first, key_second, places, exists, output_stride_t, within,
-        table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
-    )  # fmt: skip
-    if table_ptr is not None:
-        tl.store(grad_theta_ptr + pairs, grad_theta)
+    # The reflection's gradient needs a vector's product with v before its first chunk is stored.
+    grad_query_along = None
+    grad_key_along = None
+    if table_ptr is not None and CHUNK < WIDTH:
+        grad_query_along = tl.zeros((TILE,), tl.float32)
+        grad_key_along = tl.zeros((TILE,), tl.float32)
+        for chunk in range(0, WIDTH, CHUNK):
+            key_first, key_second = load_turned(
+                key_ptr, places, is_key, key_stride_t, key_stride_d, within,
+                table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+            )  # fmt: skip
+            grad_query_along += turn_back(
+                tl.dot(grad_scores, key_first.to(DOT_TYPE).to(MAP_TYPE), input_precision=PRECISION),
+                tl.dot(grad_scores, key_second.to(DOT_TYPE).to(MAP_TYPE), input_precision=PRECISION),
+                exists, within, table_ptr, householder_ptr, block_size, chunk, HEAD_DIM, WIDTH, CHUNK,
+            )[4]  # fmt: skip
+            query_first, query_second = load_turned(
+                query_ptr, places, exists, query_stride_t, query_stride_d, within,
+                table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+            )  # fmt: skip
+            grad_key_along += turn_back(
+                tl.dot(grad_scores_t, query_first.to(DOT_TYPE).to(MAP_TYPE), input_precision=PRECISION),
+                tl.dot(grad_scores_t, query_second.to(DOT_TYPE).to(MAP_TYPE), input_precision=PRECISION),
+                exists, within, table_ptr, householder_ptr, block_size, chunk, HEAD_DIM, WIDTH, CHUNK,
+            )[4]  # fmt: skip
+    for chunk in range(0, WIDTH, CHUNK):
+        query_first, query_second = load_turned(
+            query_ptr, places, exists, query_stride_t, query_stride_d, within,
+            table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        query_first = query_first.to(DOT_TYPE)
+        query_second = query_second.to(DOT_TYPE)
+        key_first, key_second = load_turned(
+            key_ptr, places, is_key, key_stride_t, key_stride_d, within,
+            table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        key_first = key_first.to(DOT_TYPE)
+        key_second = key_second.to(DOT_TYPE)
+        grad_theta = store_turned_back(
+            grad_query_ptr + start,
+            tl.dot(grad_scores, key_first.to(MAP_TYPE), input_precision=PRECISION),
+            tl.dot(grad_scores, key_second.to(MAP_TYPE), input_precision=PRECISION),
+            query_first, query_second, places, exists, output_stride_t, within,
+            table_ptr, householder_ptr, block_size, grad_query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        grad_theta += store_turned_back(
+            grad_key_ptr + start,
+            tl.dot(grad_scores_t, query_first.to(MAP_TYPE), input_precision=PRECISION),
+            tl.dot(grad_scores_t, query_second.to(MAP_TYPE), input_precision=PRECISION),
+            key_first, key_second, places, exists, output_stride_t, within,
+            table_ptr, householder_ptr, block_size, grad_key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        if table_ptr is not None:
+            tl.store(grad_theta_ptr + chunk // 2 + tl.arange(0, CHUNK // 2), grad_theta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -543,7 +613,7 @@ def load_row_statistics(
     output_ptr, lse_ptr, grad_first, grad_second, tokens, exists, stride_t, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
 ):
     """rowsum(O ∘ dO), which is rowsum(P ∘ dP), and the log-sum-exp of some queries: (queries,) each."""
-    first, second = load_halves(output_ptr, tokens, exists, stride_t, 1, False, HEAD_DIM, WIDTH)
+    first, second = load_halves(output_ptr, tokens, exists, stride_t, 1, 0, HEAD_DIM, WIDTH, WIDTH)
     row_sums = tl.sum(first * grad_first, 1) + tl.sum(second * grad_second, 1)
     return row_sums, tl.load(lse_ptr + tokens, mask=exists, other=float("inf"))
 
@@ -577,18 +647,19 @@ def diag_split_forward_kernel(
         return
     places = tl.arange(0, TILE)
     query_places = part_start + places  # numbers of the tokens in the block
-    query_columns = first + query_places
-    query_exists = (query_columns >= begin) & (query_columns < end)
-    query_ptr += row * query_stride_b + head * query_stride_h
-    key_ptr += row * key_stride_b + head * key_stride_h
-    value_ptr += row * value_stride_b + head * value_stride_h
-    output_ptr += row * output_stride_b + head * output_stride_h
+    lower = (begin - first).to(tl.int32)  # the places of the block that exist, which may begin before its sequence
+    upper = (end - first).to(tl.int32)
+    query_exists = (query_places >= lower) & (query_places < upper)
+    query_ptr += row * query_stride_b + head * query_stride_h + (first + part_start) * query_stride_t
+    key_ptr += row * key_stride_b + head * key_stride_h + first * key_stride_t
+    value_ptr += row * value_stride_b + head * value_stride_h + first * value_stride_t
+    output_ptr += row * output_stride_b + head * output_stride_h + (first + part_start) * output_stride_t
     if not RELU:
-        lse_ptr += (row * num_heads + head) * seq_len
+        lse_ptr += (row * num_heads + head) * seq_len + first + part_start
 
     query_first, query_second = load_turned(
-        query_ptr, query_columns, query_exists, query_stride_t, query_stride_d, query_places,
-        table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+        query_ptr, places, query_exists, query_stride_t, query_stride_d, query_places,
+        table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
     )  # fmt: skip
     query_first = query_first.to(DOT_TYPE)
     query_second = query_second.to(DOT_TYPE)
@@ -596,18 +667,18 @@ def diag_split_forward_kernel(
     output_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
     highest = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
-    stop = (end - first).to(tl.int32)
+    stop = upper
     if CAUSAL:
         stop = tl.minimum(stop, part_start + TILE)
     for key_start in range(0, stop, TILE):
         key_places = key_start + places
-        key_columns = first + key_places
-        is_key = (key_columns >= begin) & (key_columns < end)
+        is_key = (key_places >= lower) & (key_places < upper)
         if is_real_ptr is not None:
-            is_key = tl.load(is_real_ptr + row * is_real_stride_b + key_columns, mask=is_key, other=0) != 0
+            is_key = tl.load(is_real_ptr + (row * is_real_stride_b + first) + key_places, mask=is_key, other=0) != 0
         key_first, key_second = load_turned(
-            key_ptr, key_columns, is_key, key_stride_t, key_stride_d, key_places,
-            table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+            key_ptr + tl.cast(key_start, tl.int64) * key_stride_t, places, is_key,
+            key_stride_t, key_stride_d, key_places,
+            table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
         )  # fmt: skip
         scores = scale * inner_products(
             query_first, query_second, key_first.to(DOT_TYPE), key_second.to(DOT_TYPE), PRECISION
@@ -628,11 +699,21 @@ def diag_split_forward_kernel(
             output_first *= shrink[:, None]
             output_second *= shrink[:, None]
         if seed_ptr is not None:
-            weights = mark_dropped(weights, seed_ptr, row * num_heads + head, query_columns, key_start, dropout_p, TILE)
+            weights = mark_dropped(
+                weights, seed_ptr, row * num_heads + head, first.to(tl.int32) + query_places, key_start, dropout_p, TILE
+            )
             weights = tl.maximum(weights, 0.0) * keep_scale
         weights = weights.to(MAP_TYPE)
         value_first, value_second = load_halves(
-            value_ptr, key_columns, is_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
+            value_ptr + tl.cast(key_start, tl.int64) * value_stride_t,
+            places,
+            is_key,
+            value_stride_t,
+            value_stride_d,
+            0,
+            HEAD_DIM,
+            WIDTH,
+            WIDTH,
         )
         output_first = tl.dot(weights, value_first.to(MAP_TYPE), output_first, input_precision=PRECISION)
         output_second = tl.dot(weights, value_second.to(MAP_TYPE), output_second, input_precision=PRECISION)
@@ -641,10 +722,47 @@ def diag_split_forward_kernel(
         output_first *= norm[:, None]
         output_second *= norm[:, None]
         lse = tl.where(total == 0.0, float("inf"), highest + tl.log(tl.where(total == 0.0, 1.0, total)))
-        tl.store(lse_ptr + query_columns, lse, mask=query_exists)
+        tl.store(lse_ptr + places, lse, mask=query_exists)
     store_halves(
-        output_ptr, output_first, output_second, query_columns, query_exists, output_stride_t, False, HEAD_DIM, WIDTH
+        output_ptr, output_first, output_second, places, query_exists, output_stride_t, False, 0, HEAD_DIM, WIDTH, WIDTH
     )
+
+
+@triton.jit
+def split_map(
+    query_ptr, query_stride_t, query_stride_d, query_places, query_exists,  # pointers to the first of some tokens, of
+    key_ptr, key_stride_t, key_stride_d, key_places, is_key,  # which these are the places in the block
+    places,  # 0, 1, 2, ...
+    lse,  # of the queries; None for relu
+    table_ptr, householder_ptr, seed_ptr, row_and_head, block_column, key_start, block_size, scale, dropout_p,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """Some queries' map on some keys, dropped entries with a minus sign, and the queries and keys it is made of."""
+    query_first, query_second = load_turned(
+        query_ptr, places, query_exists, query_stride_t, query_stride_d, query_places,
+        table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
+    )  # fmt: skip
+    query_first = query_first.to(DOT_TYPE)
+    query_second = query_second.to(DOT_TYPE)
+    key_first, key_second = load_turned(
+        key_ptr, places, is_key, key_stride_t, key_stride_d, key_places,
+        table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
+    )  # fmt: skip
+    key_first = key_first.to(DOT_TYPE)
+    key_second = key_second.to(DOT_TYPE)
+    scores = scale * inner_products(query_first, query_second, key_first, key_second, PRECISION)
+    visible = is_key[None, :] & query_exists[:, None]
+    if CAUSAL:
+        visible &= query_places[:, None] >= key_places[None, :]
+    if RELU:
+        weights = tl.where(visible, tl.maximum(scores, 0.0), 0.0)
+    else:
+        weights = tl.exp(tl.where(visible, scores, float("-inf")) - lse[:, None])
+    if seed_ptr is not None:
+        query_columns = block_column.to(tl.int32) + query_places
+        weights = mark_dropped(weights, seed_ptr, row_and_head, query_columns, key_start, dropout_p, TILE)
+    return weights, query_first, query_second, key_first, key_second
 
 
 @triton.jit(do_not_specialize=["seq_len", "num_sequences", "programs_per_row", "block_size"])
@@ -667,7 +785,7 @@ def diag_split_backward_kernel(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr,
     PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE tokens of one block and head, first as queries (dQ), then as keys (dK, dV).
+    """One program: TILE tokens of one block and head, first as queries (dQ), then as keys (dV, dK).
 
     The row sums of P ∘ dP are those of O ∘ dO, so the saved output and the saved log-sum-exp stand for the whole row.
     """
@@ -687,34 +805,48 @@ def diag_split_backward_kernel(
         return
     places = tl.arange(0, TILE)
     my_places = part_start + places
-    my_columns = first + my_places
-    i_exist = (my_columns >= begin) & (my_columns < end)
-    grad_ptr += row * grad_stride_b + head * grad_stride_h
-    query_ptr += row * query_stride_b + head * query_stride_h
-    key_ptr += row * key_stride_b + head * key_stride_h
-    value_ptr += row * value_stride_b + head * value_stride_h
-    start = row * output_stride_b + head * output_stride_h
+    lower = (begin - first).to(tl.int32)  # the places of the block that exist, which may begin before its sequence
+    upper = (end - first).to(tl.int32)
+    i_exist = (my_places >= lower) & (my_places < upper)
+    grad_ptr += row * grad_stride_b + head * grad_stride_h + first * grad_stride_t
+    query_ptr += row * query_stride_b + head * query_stride_h + first * query_stride_t
+    key_ptr += row * key_stride_b + head * key_stride_h + first * key_stride_t
+    value_ptr += row * value_stride_b + head * value_stride_h + first * value_stride_t
+    start = row * output_stride_b + head * output_stride_h + first * output_stride_t
     if not RELU:
         output_ptr += start
-        lse_ptr += (row * num_heads + head) * seq_len
-    stop = (end - first).to(tl.int32)
+        lse_ptr += (row * num_heads + head) * seq_len + first
+    stop = upper
+    my_start = part_start.to(tl.int64)
 
-    # my tokens as queries
-    query_first, query_second = load_turned(
-        query_ptr, my_columns, i_exist, query_stride_t, query_stride_d, my_places,
-        table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
-    )  # fmt: skip
-    query_first = query_first.to(DOT_TYPE)
-    query_second = query_second.to(DOT_TYPE)
-    grad_first, grad_second = load_halves(
-        grad_ptr, my_columns, i_exist, grad_stride_t, grad_stride_d, False, HEAD_DIM, WIDTH
-    )
-    if not RELU:
-        row_sums, lse = load_row_statistics(
-            output_ptr, lse_ptr, grad_first, grad_second, my_columns, i_exist, output_stride_t, HEAD_DIM, WIDTH
+    # Three passes over the other tokens, each with one sum. What a pass needs of my own tokens is read in every turn
+    # anew, from the cache: as registers that live through the loop it would be too many. (The comparison that is true
+    # throughout keeps the compiler from reading it once.)
+    i_am_key = i_exist
+    if is_real_ptr is not None:
+        is_real_ptr += row * is_real_stride_b + first
+        i_am_key = tl.load(is_real_ptr + my_places, mask=i_exist, other=0) != 0
+
+    # my tokens as queries: dQ
+    if RELU:
+        row_sums = None
+        lse = None
+    else:
+        my_first, my_second = load_halves(
+            grad_ptr + my_start * grad_stride_t,
+            places,
+            i_exist,
+            grad_stride_t,
+            grad_stride_d,
+            0,
+            HEAD_DIM,
+            WIDTH,
+            WIDTH,
         )
-    grad_first = grad_first.to(DOT_TYPE)
-    grad_second = grad_second.to(DOT_TYPE)
+        row_sums, lse = load_row_statistics(
+            output_ptr + my_start * output_stride_t, lse_ptr + my_start, my_first, my_second,
+            places, i_exist, output_stride_t, HEAD_DIM, WIDTH,
+        )  # fmt: skip
     sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
     sum_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
     keys_stop = stop
@@ -722,136 +854,163 @@ def diag_split_backward_kernel(
         keys_stop = tl.minimum(stop, part_start + TILE)
     for key_start in range(0, keys_stop, TILE):
         key_places = key_start + places
-        key_columns = first + key_places
-        is_key = (key_columns >= begin) & (key_columns < end)
+        i_exist_now = i_exist & (key_places < keys_stop + TILE)
+        key_offset = tl.cast(key_start, tl.int64)
+        is_key = (key_places >= lower) & (key_places < upper)
         if is_real_ptr is not None:
-            is_key = tl.load(is_real_ptr + row * is_real_stride_b + key_columns, mask=is_key, other=0) != 0
-        key_first, key_second = load_turned(
-            key_ptr, key_columns, is_key, key_stride_t, key_stride_d, key_places,
-            table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+            is_key = tl.load(is_real_ptr + key_places, mask=is_key, other=0) != 0
+        weights, query_first, query_second, key_first, key_second = split_map(
+            query_ptr + my_start * query_stride_t, query_stride_t, query_stride_d, my_places, i_exist_now,
+            key_ptr + key_offset * key_stride_t, key_stride_t, key_stride_d, key_places, is_key,
+            places, lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, key_start,
+            block_size, scale, dropout_p, HEAD_DIM, WIDTH, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
         )  # fmt: skip
-        key_first = key_first.to(DOT_TYPE)
-        key_second = key_second.to(DOT_TYPE)
-        scores = inner_products(query_first, query_second, key_first, key_second, PRECISION) * scale
-        visible = is_key[None, :] & i_exist[:, None]
-        if CAUSAL:
-            visible &= my_places[:, None] >= key_places[None, :]
-        if RELU:
-            weights = tl.where(visible & (scores > 0.0), 1.0, 0.0)
-        else:
-            weights = tl.exp(tl.where(visible, scores, float("-inf")) - lse[:, None])
-        if seed_ptr is not None:
-            weights = mark_dropped(weights, seed_ptr, row * num_heads + head, my_columns, key_start, dropout_p, TILE)
+        grad_first, grad_second = load_halves(
+            grad_ptr + my_start * grad_stride_t,
+            places,
+            i_exist_now,
+            grad_stride_t,
+            grad_stride_d,
+            0,
+            HEAD_DIM,
+            WIDTH,
+            WIDTH,
+        )
         value_first, value_second = load_halves(
-            value_ptr, key_columns, is_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
+            value_ptr + key_offset * value_stride_t,
+            places,
+            is_key,
+            value_stride_t,
+            value_stride_d,
+            0,
+            HEAD_DIM,
+            WIDTH,
+            WIDTH,
         )
-        grad_scores = inner_products(
-            grad_first, grad_second, value_first.to(DOT_TYPE), value_second.to(DOT_TYPE), PRECISION
+        grad_weights = inner_products(
+            grad_first.to(DOT_TYPE),
+            grad_second.to(DOT_TYPE),
+            value_first.to(DOT_TYPE),
+            value_second.to(DOT_TYPE),
+            PRECISION,
         )
-        if seed_ptr is not None:
-            grad_scores = tl.where(weights > 0.0, grad_scores * keep_scale, 0.0)
-            weights = tl.abs(weights)
-        if not RELU:
-            grad_scores -= row_sums[:, None]
-        grad_scores = (weights * grad_scores * scale).to(MAP_TYPE)
+        grad_scores = grad_of_scores(weights, grad_weights, row_sums, seed_ptr, keep_scale, RELU)
+        grad_scores = (grad_scores * scale).to(MAP_TYPE)
         sum_first = tl.dot(grad_scores, key_first.to(MAP_TYPE), sum_first, input_precision=PRECISION)
         sum_second = tl.dot(grad_scores, key_second.to(MAP_TYPE), sum_second, input_precision=PRECISION)
+    my_first, my_second = load_turned(
+        query_ptr + my_start * query_stride_t, places, i_exist, query_stride_t, query_stride_d, my_places,
+        table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
+    )  # fmt: skip
     grad_theta = store_turned_back(
-        grad_query_ptr + start, sum_first, sum_second, query_first, query_second, my_columns, i_exist, output_stride_t,
-        my_places, table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+        grad_query_ptr + start + my_start * output_stride_t,
+        sum_first, sum_second, my_first, my_second, places, i_exist, output_stride_t,
+        my_places, table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
     )  # fmt: skip
 
-    # my tokens as keys
-    i_am_key = i_exist
-    if is_real_ptr is not None:
-        i_am_key = tl.load(is_real_ptr + row * is_real_stride_b + my_columns, mask=i_exist, other=0) != 0
-    key_first, key_second = load_turned(
-        key_ptr, my_columns, i_am_key, key_stride_t, key_stride_d, my_places,
-        table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
-    )  # fmt: skip
-    key_first = key_first.to(DOT_TYPE)
-    key_second = key_second.to(DOT_TYPE)
-    value_first, value_second = load_halves(
-        value_ptr, my_columns, i_am_key, value_stride_t, value_stride_d, False, HEAD_DIM, WIDTH
-    )
-    value_first = value_first.to(DOT_TYPE)
-    value_second = value_second.to(DOT_TYPE)
+    # my tokens as keys: dV
     sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
     sum_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
-    grad_value_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
-    grad_value_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
     queries_begin = 0
     if CAUSAL:
         queries_begin = part_start
     for query_start in range(queries_begin, stop, TILE):
         query_places = query_start + places
-        query_columns = first + query_places
-        query_exists = (query_columns >= begin) & (query_columns < end)
-        query_first, query_second = load_turned(
-            query_ptr, query_columns, query_exists, query_stride_t, query_stride_d, query_places,
-            table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+        i_am_key_now = i_am_key & (query_places < stop + TILE)
+        query_offset = tl.cast(query_start, tl.int64)
+        query_exists = (query_places >= lower) & (query_places < upper)
+        query_lse = None
+        if not RELU:
+            query_lse = tl.load(lse_ptr + query_start + places, mask=query_exists, other=float("inf"))
+        weights, query_first, query_second, key_first, key_second = split_map(
+            query_ptr + query_offset * query_stride_t, query_stride_t, query_stride_d, query_places, query_exists,
+            key_ptr + my_start * key_stride_t, key_stride_t, key_stride_d, my_places, i_am_key_now,
+            places, query_lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, part_start,
+            block_size, scale, dropout_p, HEAD_DIM, WIDTH, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
         )  # fmt: skip
-        query_first = query_first.to(DOT_TYPE)
-        query_second = query_second.to(DOT_TYPE)
-        scores = inner_products(query_first, query_second, key_first, key_second, PRECISION) * scale
-        visible = i_am_key[None, :] & query_exists[:, None]
-        if CAUSAL:
-            visible &= query_places[:, None] >= my_places[None, :]
+        if seed_ptr is not None:
+            weights = tl.maximum(weights, 0.0) * keep_scale
+        weights = tl.trans(weights.to(MAP_TYPE))
         grad_first, grad_second = load_halves(
-            grad_ptr, query_columns, query_exists, grad_stride_t, grad_stride_d, False, HEAD_DIM, WIDTH
+            grad_ptr + query_offset * grad_stride_t,
+            places,
+            query_exists,
+            grad_stride_t,
+            grad_stride_d,
+            0,
+            HEAD_DIM,
+            WIDTH,
+            WIDTH,
         )
-        if RELU:
-            weights = tl.where(visible, tl.maximum(scores, 0.0), 0.0)
-        else:
-            row_sums, lse = load_row_statistics(
-                output_ptr,
-                lse_ptr,
-                grad_first,
-                grad_second,
-                query_columns,
-                query_exists,
-                output_stride_t,
-                HEAD_DIM,
-                WIDTH,
-            )
-            weights = tl.exp(tl.where(visible, scores, float("-inf")) - lse[:, None])
-        if seed_ptr is not None:
-            weights = mark_dropped(
-                weights, seed_ptr, row * num_heads + head, query_columns, part_start, dropout_p, TILE
-            )
-        grad_first = grad_first.to(DOT_TYPE)
-        grad_second = grad_second.to(DOT_TYPE)
-        dropped = weights
-        if seed_ptr is not None:
-            dropped = tl.maximum(weights, 0.0) * keep_scale
-        dropped = tl.trans(dropped.to(MAP_TYPE))
-        grad_value_first = tl.dot(dropped, grad_first.to(MAP_TYPE), grad_value_first, input_precision=PRECISION)
-        grad_value_second = tl.dot(dropped, grad_second.to(MAP_TYPE), grad_value_second, input_precision=PRECISION)
-        grad_scores = inner_products(grad_first, grad_second, value_first, value_second, PRECISION)
-        if seed_ptr is not None:
-            grad_scores = tl.where(weights > 0.0, grad_scores * keep_scale, 0.0)
-            weights = tl.abs(weights)
-        if RELU:
-            grad_scores = tl.where(weights > 0.0, grad_scores, 0.0)
-        else:
-            grad_scores = weights * (grad_scores - row_sums[:, None])
+        sum_first = tl.dot(weights, grad_first.to(MAP_TYPE), sum_first, input_precision=PRECISION)
+        sum_second = tl.dot(weights, grad_second.to(MAP_TYPE), sum_second, input_precision=PRECISION)
+    store_halves(
+        grad_value_ptr + start + my_start * output_stride_t, sum_first, sum_second,
+        places, i_exist, output_stride_t, False, 0, HEAD_DIM, WIDTH, WIDTH,
+    )  # fmt: skip
+
+    # my tokens as keys: dK
+    sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
+    sum_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
+    for query_start in range(queries_begin, stop, TILE):
+        query_places = query_start + places
+        i_am_key_now = i_am_key & (query_places < stop + TILE)
+        query_offset = tl.cast(query_start, tl.int64)
+        query_exists = (query_places >= lower) & (query_places < upper)
+        grad_first, grad_second = load_halves(
+            grad_ptr + query_offset * grad_stride_t,
+            places,
+            query_exists,
+            grad_stride_t,
+            grad_stride_d,
+            0,
+            HEAD_DIM,
+            WIDTH,
+            WIDTH,
+        )
+        query_sums = None
+        query_lse = None
+        if not RELU:
+            query_sums, query_lse = load_row_statistics(
+                output_ptr + query_offset * output_stride_t, lse_ptr + query_start, grad_first, grad_second,
+                places, query_exists, output_stride_t, HEAD_DIM, WIDTH,
+            )  # fmt: skip
+        value_first, value_second = load_halves(
+            value_ptr + my_start * value_stride_t,
+            places,
+            i_am_key_now,
+            value_stride_t,
+            value_stride_d,
+            0,
+            HEAD_DIM,
+            WIDTH,
+            WIDTH,
+        )
+        grad_weights = inner_products(
+            grad_first.to(DOT_TYPE),
+            grad_second.to(DOT_TYPE),
+            value_first.to(DOT_TYPE),
+            value_second.to(DOT_TYPE),
+            PRECISION,
+        )
+        weights, query_first, query_second, key_first, key_second = split_map(
+            query_ptr + query_offset * query_stride_t, query_stride_t, query_stride_d, query_places, query_exists,
+            key_ptr + my_start * key_stride_t, key_stride_t, key_stride_d, my_places, i_am_key_now,
+            places, query_lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, part_start,
+            block_size, scale, dropout_p, HEAD_DIM, WIDTH, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
+        )  # fmt: skip
+        grad_scores = grad_of_scores(weights, grad_weights, query_sums, seed_ptr, keep_scale, RELU)
         grad_scores = tl.trans((grad_scores * scale).to(MAP_TYPE))
         sum_first = tl.dot(grad_scores, query_first.to(MAP_TYPE), sum_first, input_precision=PRECISION)
         sum_second = tl.dot(grad_scores, query_second.to(MAP_TYPE), sum_second, input_precision=PRECISION)
-    store_halves(
-        grad_value_ptr + start,
-        grad_value_first,
-        grad_value_second,
-        my_columns,
-        i_exist,
-        output_stride_t,
-        False,
-        HEAD_DIM,
-        WIDTH,
-    )
+    my_first, my_second = load_turned(
+        key_ptr + my_start * key_stride_t, places, i_am_key, key_stride_t, key_stride_d, my_places,
+        table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
+    )  # fmt: skip
     grad_theta += store_turned_back(
-        grad_key_ptr + start, sum_first, sum_second, key_first, key_second, my_columns, i_exist, output_stride_t,
-        my_places, table_ptr, householder_ptr, block_size, HEAD_DIM, WIDTH,
+        grad_key_ptr + start + my_start * output_stride_t,
+        sum_first, sum_second, my_first, my_second, places, i_exist, output_stride_t,
+        my_places, table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
     )  # fmt: skip
     if table_ptr is not None:
         tl.store(grad_theta_ptr + pairs, grad_theta)
@@ -888,10 +1047,7 @@ class TileSizes(NamedTuple):
 
 def tile_sizes(target: str, dtype: str, head_dim: int) -> TileSizes:
     """The table of tiles: as many places as the registers of the backward pass hold without spilling."""
-    width = width_of(head_dim)
-    if dtype == "fp32":
-        return TileSizes(64, 64, 32) if width <= 64 else TileSizes(32, 32, 32)
-    return TileSizes(64, 64, 64)
+    return TileSizes(64, 64, 32 if dtype != "fp32" and width_of(head_dim) <= 128 else 16)
 
 
 def diag_plan(
@@ -920,19 +1076,36 @@ def width_of(head_dim: int) -> int:
     return max(32, padded_dim(head_dim))
 
 
+def chunk_of(dtype: str, head_dim: int) -> int:
+    """Channels that the tile kernels have in registers at a time."""
+    return min(width_of(head_dim), 32 if dtype == "fp32" else 64)
+
+
 def launch_options(kernel: str, target: str, dtype: str, head_dim: int, tile: int) -> dict[str, int]:
     """num_warps and num_stages of a kernel ("tile_forward", "split_backward", ...) for a plan's tile."""
-    wide = tile * width_of(head_dim) > 64 * 64 and target_family(target) != "amd"
-    return {"num_warps": 8 if wide else 4, "num_stages": 1}
+    warps = 4
+    if target_family(target) != "amd":  # whose warps have 64 threads, of up to 512 registers
+        channels = width_of(head_dim) if kernel.startswith("split") else chunk_of(dtype, head_dim)
+        warps = 8 if tile * channels > (32 * 32 if kernel.endswith("backward") else 64 * 64) else 4
+    return {"num_warps": warps, "num_stages": 1}
 
 
 def kernel_constants(
-    target: str, dtype: str, head_dim: int, tile: int, causal: bool, relu: bool, interpreted: bool = False
+    kernel: str,
+    target: str,
+    dtype: str,
+    head_dim: int,
+    tile: int,
+    causal: bool,
+    relu: bool,
+    interpreted: bool = False,
 ) -> dict[str, Any]:
-    """The constexprs of the four kernels."""
+    """The constexprs of a kernel ("tile_forward", "split_backward", ...)."""
+    is_split = kernel.startswith("split")
     return {
         "HEAD_DIM": head_dim,
         "WIDTH": width_of(head_dim),
+        **({} if is_split else {"CHUNK": chunk_of(dtype, head_dim)}),
         "TILE": tile,
         "DOT_TYPE": dot_type(dtype, interpreted),
         # relu scores may outgrow float16, probabilities do not
@@ -975,7 +1148,7 @@ def _variants(kernel: Any, name: str) -> Callable[[str, str, int], Iterator[Kern
         tiles = {sizes.split} if name.startswith("split") else {sizes.usual, sizes.largest}
         for tile in sorted(tiles):
             for use_name, use in _USES.items():
-                constexprs = kernel_constants(target, dtype, head_dim, tile, use.causal, use.relu)
+                constexprs = kernel_constants(name, target, dtype, head_dim, tile, use.causal, use.relu)
                 constexprs |= dict.fromkeys(
                     (argument for argument in kernel.arg_names if argument.endswith("stride_d")), 1
                 )
@@ -1042,10 +1215,11 @@ def diag_attention_traffic(
 
     With U = batch · heads · seq · head_dim · element size, one program of the tile kernels reads the q, k, v of its
     tokens and writes their output: 4 U in all. Its backward reads q, k, v, dO and writes dQ, dK, dV: 7 U. The map and
-    its row sums stay in registers. Beside these a program reads one position and its part of the mask, and leaves
-    WIDTH / 2 numbers for theta's gradient that are read once more to be summed: 4 WIDTH bytes per `tokens` tokens of a
-    head, 0.03 U for 64 tokens of 16 bits. The table of LRPE is counted once, however many programs read it: it is a few
-    KiB that stay in the caches.
+    its row sums stay in registers. q and k are read again by the program that has just read them, 32 KiB for 64 tokens
+    of 128 channels in 16 bits, which its cache still has: they count once. Beside these a program reads one position
+    and its part of the mask, and leaves WIDTH / 2 numbers for theta's gradient that are read once more to be summed:
+    4 WIDTH bytes per `tokens` tokens of a head, 0.03 U for 64 tokens of 16 bits. The table of LRPE is counted once,
+    however many programs read it: it is a few KiB that stay in the caches.
 
     Blocks larger than a tile: the forward pass writes a log-sum-exp per row as well, the backward pass reads it and O
     (8 U). Programs of one block run next to each other, so what they read of each other's tokens is in the second-level
