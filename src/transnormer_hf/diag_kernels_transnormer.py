@@ -559,23 +559,23 @@ def diag_tile_backward_kernel(
                 exists, within, table_ptr, householder_ptr, block_size, chunk, HEAD_DIM, WIDTH, CHUNK,
             )[4]  # fmt: skip
     for chunk in range(0, WIDTH, CHUNK):
-        query_first, query_second = load_turned(
-            query_ptr, places, exists, query_stride_t, query_stride_d, within,
-            table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
-        )  # fmt: skip
-        query_first = query_first.to(DOT_TYPE)
-        query_second = query_second.to(DOT_TYPE)
         key_first, key_second = load_turned(
             key_ptr, places, is_key, key_stride_t, key_stride_d, within,
             table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
         )  # fmt: skip
         key_first = key_first.to(DOT_TYPE)
         key_second = key_second.to(DOT_TYPE)
+        grad_first = tl.dot(grad_scores, key_first.to(MAP_TYPE), input_precision=PRECISION)
+        grad_second = tl.dot(grad_scores, key_second.to(MAP_TYPE), input_precision=PRECISION)
+        query_first, query_second = load_turned(
+            query_ptr, places, exists, query_stride_t, query_stride_d, within,
+            table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        query_first = query_first.to(DOT_TYPE)
+        query_second = query_second.to(DOT_TYPE)
         grad_theta = store_turned_back(
-            grad_query_ptr + start,
-            tl.dot(grad_scores, key_first.to(MAP_TYPE), input_precision=PRECISION),
-            tl.dot(grad_scores, key_second.to(MAP_TYPE), input_precision=PRECISION),
-            query_first, query_second, places, exists, output_stride_t, within,
+            grad_query_ptr + start, grad_first, grad_second, query_first, query_second,
+            places, exists, output_stride_t, within,
             table_ptr, householder_ptr, block_size, grad_query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
         )  # fmt: skip
         grad_theta += store_turned_back(
@@ -610,11 +610,15 @@ def locate_part(number, positions_ptr, cu_seqlens_ptr, seq_len, num_sequences, b
 
 @triton.jit
 def load_row_statistics(
-    output_ptr, lse_ptr, grad_first, grad_second, tokens, exists, stride_t, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
-):
+    output_ptr, lse_ptr, grad_ptr, grad_stride_t, grad_stride_d, tokens, exists, stride_t,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """rowsum(O ∘ dO), which is rowsum(P ∘ dP), and the log-sum-exp of some queries: (queries,) each."""
     first, second = load_halves(output_ptr, tokens, exists, stride_t, 1, 0, HEAD_DIM, WIDTH, WIDTH)
-    row_sums = tl.sum(first * grad_first, 1) + tl.sum(second * grad_second, 1)
+    grad_first, grad_second = load_halves(
+        grad_ptr, tokens, exists, grad_stride_t, grad_stride_d, 0, HEAD_DIM, WIDTH, WIDTH
+    )
+    row_sums = tl.sum(first * grad_first + second * grad_second, 1)
     return row_sums, tl.load(lse_ptr + tokens, mask=exists, other=float("inf"))
 
 
@@ -735,23 +739,26 @@ def split_map(
     places,  # 0, 1, 2, ...
     lse,  # of the queries; None for relu
     table_ptr, householder_ptr, seed_ptr, row_and_head, block_column, key_start, block_size, scale, dropout_p,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr, RELU: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, DOT_TYPE: tl.constexpr,
+    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """Some queries' map on some keys, dropped entries with a minus sign, and the queries and keys it is made of."""
-    query_first, query_second = load_turned(
-        query_ptr, places, query_exists, query_stride_t, query_stride_d, query_places,
-        table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
-    )  # fmt: skip
-    query_first = query_first.to(DOT_TYPE)
-    query_second = query_second.to(DOT_TYPE)
-    key_first, key_second = load_turned(
-        key_ptr, places, is_key, key_stride_t, key_stride_d, key_places,
-        table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
-    )  # fmt: skip
-    key_first = key_first.to(DOT_TYPE)
-    key_second = key_second.to(DOT_TYPE)
-    scores = scale * inner_products(query_first, query_second, key_first, key_second, PRECISION)
+    """The map of some queries on some keys, dropped entries with a minus sign: (queries, keys) float32."""
+    query_along = project(
+        query_ptr, places, query_exists, query_stride_t, query_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK
+    )
+    key_along = project(key_ptr, places, is_key, key_stride_t, key_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
+    scores = tl.zeros((TILE, TILE), tl.float32)
+    for chunk in range(0, WIDTH, CHUNK):
+        query_first, query_second = load_turned(
+            query_ptr, places, query_exists, query_stride_t, query_stride_d, query_places,
+            table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        key_first, key_second = load_turned(
+            key_ptr, places, is_key, key_stride_t, key_stride_d, key_places,
+            table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+        scores = add_inner_products(scores, query_first, query_second, key_first, key_second, DOT_TYPE, PRECISION)
+    scores *= scale
     visible = is_key[None, :] & query_exists[:, None]
     if CAUSAL:
         visible &= query_places[:, None] >= key_places[None, :]
@@ -762,7 +769,28 @@ def split_map(
     if seed_ptr is not None:
         query_columns = block_column.to(tl.int32) + query_places
         weights = mark_dropped(weights, seed_ptr, row_and_head, query_columns, key_start, dropout_p, TILE)
-    return weights, query_first, query_second, key_first, key_second
+    return weights
+
+
+@triton.jit
+def split_grad_of_map(
+    grad_ptr, grad_stride_t, grad_stride_d, query_exists, value_ptr, value_stride_t, value_stride_d, is_key, places,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, DOT_TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dO V^T of some queries and keys: (queries, keys) float32."""
+    grad_weights = tl.zeros((TILE, TILE), tl.float32)
+    for chunk in range(0, WIDTH, CHUNK):
+        grad_first, grad_second = load_halves(
+            grad_ptr, places, query_exists, grad_stride_t, grad_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
+        )
+        value_first, value_second = load_halves(
+            value_ptr, places, is_key, value_stride_t, value_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
+        )
+        grad_weights = add_inner_products(
+            grad_weights, grad_first, grad_second, value_first, value_second, DOT_TYPE, PRECISION
+        )
+    return grad_weights
 
 
 @triton.jit(do_not_specialize=["seq_len", "num_sequences", "programs_per_row", "block_size"])
@@ -782,8 +810,8 @@ def diag_split_backward_kernel(
     seed_ptr,
     scale, dropout_p, keep_scale,
     num_heads, seq_len, num_sequences, programs_per_row, block_size,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr,
-    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE tokens of one block and head, first as queries (dQ), then as keys (dV, dK).
 
@@ -822,29 +850,21 @@ def diag_split_backward_kernel(
     # Three passes over the other tokens, each with one sum. What a pass needs of my own tokens is read in every turn
     # anew, from the cache: as registers that live through the loop it would be too many. (The comparison that is true
     # throughout keeps the compiler from reading it once.)
+    my_query_ptr = query_ptr + my_start * query_stride_t
+    my_key_ptr = key_ptr + my_start * key_stride_t
+    my_value_ptr = value_ptr + my_start * value_stride_t
+    my_grad_ptr = grad_ptr + my_start * grad_stride_t
     i_am_key = i_exist
     if is_real_ptr is not None:
         is_real_ptr += row * is_real_stride_b + first
         i_am_key = tl.load(is_real_ptr + my_places, mask=i_exist, other=0) != 0
 
     # my tokens as queries: dQ
-    if RELU:
-        row_sums = None
-        lse = None
-    else:
-        my_first, my_second = load_halves(
-            grad_ptr + my_start * grad_stride_t,
-            places,
-            i_exist,
-            grad_stride_t,
-            grad_stride_d,
-            0,
-            HEAD_DIM,
-            WIDTH,
-            WIDTH,
-        )
+    row_sums = None
+    lse = None
+    if not RELU:
         row_sums, lse = load_row_statistics(
-            output_ptr + my_start * output_stride_t, lse_ptr + my_start, my_first, my_second,
+            output_ptr + my_start * output_stride_t, lse_ptr + my_start, my_grad_ptr, grad_stride_t, grad_stride_d,
             places, i_exist, output_stride_t, HEAD_DIM, WIDTH,
         )  # fmt: skip
     sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
@@ -855,51 +875,31 @@ def diag_split_backward_kernel(
     for key_start in range(0, keys_stop, TILE):
         key_places = key_start + places
         i_exist_now = i_exist & (key_places < keys_stop + TILE)
-        key_offset = tl.cast(key_start, tl.int64)
         is_key = (key_places >= lower) & (key_places < upper)
         if is_real_ptr is not None:
             is_key = tl.load(is_real_ptr + key_places, mask=is_key, other=0) != 0
-        weights, query_first, query_second, key_first, key_second = split_map(
-            query_ptr + my_start * query_stride_t, query_stride_t, query_stride_d, my_places, i_exist_now,
-            key_ptr + key_offset * key_stride_t, key_stride_t, key_stride_d, key_places, is_key,
+        other_key_ptr = key_ptr + tl.cast(key_start, tl.int64) * key_stride_t
+        weights = split_map(
+            my_query_ptr, query_stride_t, query_stride_d, my_places, i_exist_now,
+            other_key_ptr, key_stride_t, key_stride_d, key_places, is_key,
             places, lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, key_start,
-            block_size, scale, dropout_p, HEAD_DIM, WIDTH, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
+            block_size, scale, dropout_p, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
         )  # fmt: skip
-        grad_first, grad_second = load_halves(
-            grad_ptr + my_start * grad_stride_t,
-            places,
-            i_exist_now,
-            grad_stride_t,
-            grad_stride_d,
-            0,
-            HEAD_DIM,
-            WIDTH,
-            WIDTH,
-        )
-        value_first, value_second = load_halves(
-            value_ptr + key_offset * value_stride_t,
-            places,
-            is_key,
-            value_stride_t,
-            value_stride_d,
-            0,
-            HEAD_DIM,
-            WIDTH,
-            WIDTH,
-        )
-        grad_weights = inner_products(
-            grad_first.to(DOT_TYPE),
-            grad_second.to(DOT_TYPE),
-            value_first.to(DOT_TYPE),
-            value_second.to(DOT_TYPE),
-            PRECISION,
-        )
+        grad_weights = split_grad_of_map(
+            my_grad_ptr, grad_stride_t, grad_stride_d, i_exist_now,
+            value_ptr + tl.cast(key_start, tl.int64) * value_stride_t, value_stride_t, value_stride_d, is_key,
+            places, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION,
+        )  # fmt: skip
         grad_scores = grad_of_scores(weights, grad_weights, row_sums, seed_ptr, keep_scale, RELU)
         grad_scores = (grad_scores * scale).to(MAP_TYPE)
-        sum_first = tl.dot(grad_scores, key_first.to(MAP_TYPE), sum_first, input_precision=PRECISION)
-        sum_second = tl.dot(grad_scores, key_second.to(MAP_TYPE), sum_second, input_precision=PRECISION)
+        key_first, key_second = load_turned(
+            other_key_ptr, places, is_key, key_stride_t, key_stride_d, key_places,
+            table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
+        )  # fmt: skip
+        sum_first = tl.dot(grad_scores, key_first.to(DOT_TYPE).to(MAP_TYPE), sum_first, input_precision=PRECISION)
+        sum_second = tl.dot(grad_scores, key_second.to(DOT_TYPE).to(MAP_TYPE), sum_second, input_precision=PRECISION)
     my_first, my_second = load_turned(
-        query_ptr + my_start * query_stride_t, places, i_exist, query_stride_t, query_stride_d, my_places,
+        my_query_ptr, places, i_exist, query_stride_t, query_stride_d, my_places,
         table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
     )  # fmt: skip
     grad_theta = store_turned_back(
@@ -917,31 +917,24 @@ def diag_split_backward_kernel(
     for query_start in range(queries_begin, stop, TILE):
         query_places = query_start + places
         i_am_key_now = i_am_key & (query_places < stop + TILE)
-        query_offset = tl.cast(query_start, tl.int64)
         query_exists = (query_places >= lower) & (query_places < upper)
         query_lse = None
         if not RELU:
             query_lse = tl.load(lse_ptr + query_start + places, mask=query_exists, other=float("inf"))
-        weights, query_first, query_second, key_first, key_second = split_map(
-            query_ptr + query_offset * query_stride_t, query_stride_t, query_stride_d, query_places, query_exists,
-            key_ptr + my_start * key_stride_t, key_stride_t, key_stride_d, my_places, i_am_key_now,
+        weights = split_map(
+            query_ptr + tl.cast(query_start, tl.int64) * query_stride_t,
+            query_stride_t, query_stride_d, query_places, query_exists,
+            my_key_ptr, key_stride_t, key_stride_d, my_places, i_am_key_now,
             places, query_lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, part_start,
-            block_size, scale, dropout_p, HEAD_DIM, WIDTH, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
+            block_size, scale, dropout_p, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
         )  # fmt: skip
         if seed_ptr is not None:
             weights = tl.maximum(weights, 0.0) * keep_scale
         weights = tl.trans(weights.to(MAP_TYPE))
         grad_first, grad_second = load_halves(
-            grad_ptr + query_offset * grad_stride_t,
-            places,
-            query_exists,
-            grad_stride_t,
-            grad_stride_d,
-            0,
-            HEAD_DIM,
-            WIDTH,
-            WIDTH,
-        )
+            grad_ptr + tl.cast(query_start, tl.int64) * grad_stride_t, places, query_exists,
+            grad_stride_t, grad_stride_d, 0, HEAD_DIM, WIDTH, WIDTH,
+        )  # fmt: skip
         sum_first = tl.dot(weights, grad_first.to(MAP_TYPE), sum_first, input_precision=PRECISION)
         sum_second = tl.dot(weights, grad_second.to(MAP_TYPE), sum_second, input_precision=PRECISION)
     store_halves(
@@ -955,56 +948,37 @@ def diag_split_backward_kernel(
     for query_start in range(queries_begin, stop, TILE):
         query_places = query_start + places
         i_am_key_now = i_am_key & (query_places < stop + TILE)
-        query_offset = tl.cast(query_start, tl.int64)
         query_exists = (query_places >= lower) & (query_places < upper)
-        grad_first, grad_second = load_halves(
-            grad_ptr + query_offset * grad_stride_t,
-            places,
-            query_exists,
-            grad_stride_t,
-            grad_stride_d,
-            0,
-            HEAD_DIM,
-            WIDTH,
-            WIDTH,
-        )
+        other_query_ptr = query_ptr + tl.cast(query_start, tl.int64) * query_stride_t
+        other_grad_ptr = grad_ptr + tl.cast(query_start, tl.int64) * grad_stride_t
         query_sums = None
         query_lse = None
         if not RELU:
             query_sums, query_lse = load_row_statistics(
-                output_ptr + query_offset * output_stride_t, lse_ptr + query_start, grad_first, grad_second,
-                places, query_exists, output_stride_t, HEAD_DIM, WIDTH,
+                output_ptr + tl.cast(query_start, tl.int64) * output_stride_t, lse_ptr + query_start,
+                other_grad_ptr, grad_stride_t, grad_stride_d, places, query_exists, output_stride_t, HEAD_DIM, WIDTH,
             )  # fmt: skip
-        value_first, value_second = load_halves(
-            value_ptr + my_start * value_stride_t,
-            places,
-            i_am_key_now,
-            value_stride_t,
-            value_stride_d,
-            0,
-            HEAD_DIM,
-            WIDTH,
-            WIDTH,
-        )
-        grad_weights = inner_products(
-            grad_first.to(DOT_TYPE),
-            grad_second.to(DOT_TYPE),
-            value_first.to(DOT_TYPE),
-            value_second.to(DOT_TYPE),
-            PRECISION,
-        )
-        weights, query_first, query_second, key_first, key_second = split_map(
-            query_ptr + query_offset * query_stride_t, query_stride_t, query_stride_d, query_places, query_exists,
-            key_ptr + my_start * key_stride_t, key_stride_t, key_stride_d, my_places, i_am_key_now,
+        grad_weights = split_grad_of_map(
+            other_grad_ptr, grad_stride_t, grad_stride_d, query_exists,
+            my_value_ptr, value_stride_t, value_stride_d, i_am_key_now,
+            places, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION,
+        )  # fmt: skip
+        weights = split_map(
+            other_query_ptr, query_stride_t, query_stride_d, query_places, query_exists,
+            my_key_ptr, key_stride_t, key_stride_d, my_places, i_am_key_now,
             places, query_lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, part_start,
-            block_size, scale, dropout_p, HEAD_DIM, WIDTH, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
+            block_size, scale, dropout_p, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
         )  # fmt: skip
         grad_scores = grad_of_scores(weights, grad_weights, query_sums, seed_ptr, keep_scale, RELU)
         grad_scores = tl.trans((grad_scores * scale).to(MAP_TYPE))
-        sum_first = tl.dot(grad_scores, query_first.to(MAP_TYPE), sum_first, input_precision=PRECISION)
-        sum_second = tl.dot(grad_scores, query_second.to(MAP_TYPE), sum_second, input_precision=PRECISION)
+        query_first, query_second = load_turned(
+            other_query_ptr, places, query_exists, query_stride_t, query_stride_d, query_places,
+            table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
+        )  # fmt: skip
+        sum_first = tl.dot(grad_scores, query_first.to(DOT_TYPE).to(MAP_TYPE), sum_first, input_precision=PRECISION)
+        sum_second = tl.dot(grad_scores, query_second.to(DOT_TYPE).to(MAP_TYPE), sum_second, input_precision=PRECISION)
     my_first, my_second = load_turned(
-        key_ptr + my_start * key_stride_t, places, i_am_key, key_stride_t, key_stride_d, my_places,
+        my_key_ptr, places, i_am_key, key_stride_t, key_stride_d, my_places,
         table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
     )  # fmt: skip
     grad_theta += store_turned_back(
@@ -1076,17 +1050,20 @@ def width_of(head_dim: int) -> int:
     return max(32, padded_dim(head_dim))
 
 
-def chunk_of(dtype: str, head_dim: int) -> int:
-    """Channels that the tile kernels have in registers at a time."""
-    return min(width_of(head_dim), 32 if dtype == "fp32" else 64)
+def chunk_of(kernel: str, target: str, dtype: str, head_dim: int) -> int:
+    """Channels that a program has in registers at a time, but for the sums of the split kernels."""
+    is_wide = dtype == "fp32" or (kernel.endswith("backward") and target_family(target) != "amd")
+    return min(width_of(head_dim), 32 if is_wide else 64)
 
 
 def launch_options(kernel: str, target: str, dtype: str, head_dim: int, tile: int) -> dict[str, int]:
     """num_warps and num_stages of a kernel ("tile_forward", "split_backward", ...) for a plan's tile."""
-    warps = 4
-    if target_family(target) != "amd":  # whose warps have 64 threads, of up to 512 registers
-        channels = width_of(head_dim) if kernel.startswith("split") else chunk_of(dtype, head_dim)
-        warps = 8 if tile * channels > (32 * 32 if kernel.endswith("backward") else 64 * 64) else 4
+    if target_family(target) == "amd":  # whose warps have 64 threads, of up to 512 registers
+        warps = 4
+    elif kernel == "split_forward":
+        warps = 8 if tile * width_of(head_dim) > 64 * 64 else 4
+    else:
+        warps = 8 if kernel.endswith("backward") else 4
     return {"num_warps": warps, "num_stages": 1}
 
 
@@ -1101,11 +1078,10 @@ def kernel_constants(
     interpreted: bool = False,
 ) -> dict[str, Any]:
     """The constexprs of a kernel ("tile_forward", "split_backward", ...)."""
-    is_split = kernel.startswith("split")
     return {
         "HEAD_DIM": head_dim,
         "WIDTH": width_of(head_dim),
-        **({} if is_split else {"CHUNK": chunk_of(dtype, head_dim)}),
+        **({} if kernel == "split_forward" else {"CHUNK": chunk_of(kernel, target, dtype, head_dim)}),
         "TILE": tile,
         "DOT_TYPE": dot_type(dtype, interpreted),
         # relu scores may outgrow float16, probabilities do not
