@@ -53,7 +53,8 @@ style: $(READY)
 	.venv/bin/ruff format
 
 bench: $(READY)
-	.venv/bin/python scripts/benchmark_ops.py
+	mkdir -p outputs/bench
+	.venv/bin/python scripts/benchmark_ops.py --output outputs/bench/ops.json --plot outputs/bench/ops.png
 	.venv/bin/python scripts/benchmark_model.py
 
 clean:

@@ -8,7 +8,9 @@ where they are installed, flash-linear-attention and lightning-attention (causal
 compute one of our attentions is first held to the definition on a small input; a backend of ours that fails ends the
 run. Contenders take turns, so that a slow minute of the machine hits all of them. The report has the median, the
 quartiles, and the share of the memory floor: the bytes that the operation cannot do without (4 U forward, 7 U
-backward, U = batch · heads · seq · head_dim · element size) over the time, as a share of the bandwidth of a copy.
+backward, U = batch · heads · seq · head_dim · element size) over the time, as a share of the bandwidth of a copy. On a
+GPU its second-level cache is overwritten before each run; on the CPU a short input may stay in the caches, and then
+come out above the bandwidth of a copy. The report is written as the run goes on.
 """
 
 import argparse
@@ -18,6 +20,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{describe(device)}, {options.dtype}, copy {bandwidth / 1e9:.1f} GB/s")
     report: dict[str, Any] = {
         "device": describe(device),
-        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "packages": {
+            name: version_of(name) for name in ("torch", "triton", "flash-linear-attention", "lightning_attn")
+        },
         "dtype": options.dtype,
         "copy_bytes_per_second": bandwidth,
         "block_size": BLOCK_SIZE,
@@ -97,12 +105,19 @@ def main(arguments: list[str] | None = None) -> int:
                 rows = time_shape(operation, causal, shape, ready, device, dtype, bandwidth, options, slow)
                 report["results"] += rows
                 print_rows(rows)
-    if options.output:
-        Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
-        print(f"report: {options.output}")
+                if options.output:
+                    write_report(report, Path(options.output))
     if options.plot:
-        plot(report, options.plot)
+        plot(report, Path(options.plot))
+    for path in filter(None, (options.output, options.plot)):
+        print(f"written: {path}")
     return 0
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -122,6 +137,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options.ops = options.ops.split(",")
     if not set(options.ops) <= {"norm", "diag"}:
         parser.error(f"--ops={','.join(options.ops)}: choose from norm, diag.")
+    if options.device not in ("cpu", "cuda"):
+        parser.error(f"--device={options.device}: choose cpu or cuda.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device=cuda: torch sees no GPU here; use --device cpu.")
+    if options.repeats < 2:
+        parser.error(f"--repeats={options.repeats}: must be at least 2, for a spread.")
+    for name in ("output", "plot"):
+        path = getattr(options, name)
+        if path and not Path(path).absolute().parent.is_dir():
+            parser.error(f"--{name}={path}: its folder does not exist; create it first.")
+    if options.plot and find_spec("matplotlib") is None:
+        parser.error(f"--plot={options.plot}: needs matplotlib, which is not installed (pip install matplotlib).")
     if options.dtype is None:
         options.dtype = "bfloat16" if options.device.startswith("cuda") else "float32"
     if options.quick:
@@ -130,8 +157,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         return options
     try:
         lengths = [int(length) for length in options.lengths.split(",") if length]
+        if min(lengths, default=1) < 1:
+            raise ValueError
     except ValueError:
-        parser.error(f"--lengths={options.lengths}: give whole numbers with commas between them, like 512,1024.")
+        parser.error(f"--lengths={options.lengths}: give whole numbers from 1 with commas between them, like 512,1024.")
     options.shapes = [Shape(f"B1_T{length}_H12_D64", 1, 12, length, 64) for length in lengths]
     if not options.no_registry_shapes:
         options.shapes += REGISTRY_SHAPES
@@ -285,7 +314,9 @@ def time_shape(
             run = forward(contender, inputs) if direction == "forward" else forward_backward(contender, inputs, grad)
             if why is None:
                 try:
-                    seconds = max(time_once(run, device), time_once(run, device) if options.quick else 0)
+                    seconds = time_once(run, device)
+                    if device.type == "cuda" and seconds > options.seconds:
+                        seconds = time_once(run, device)  # the first run compiled the kernels
                 except torch.OutOfMemoryError:
                     seconds, why = float("inf"), "out of memory"
                 slow[contender.name, direction] = seconds / shape_work(shape)
@@ -345,6 +376,8 @@ def time_once(run: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
+        # While the GPU is busy with this, the CPU queues what is timed: launches are not part of it.
+        larger_than_caches(device).zero_()
         start.record()
         run()
         end.record()
@@ -353,6 +386,11 @@ def time_once(run: Callable[[], Any], device: torch.device) -> float:
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
+
+
+@lru_cache
+def larger_than_caches(device: torch.device) -> torch.Tensor:
+    return torch.empty(1 << 29, dtype=torch.uint8, device=device)
 
 
 def copy_bandwidth(device: torch.device, num_bytes: int) -> float:
@@ -385,12 +423,21 @@ def result_row(
         "median_seconds": median,
         "quartile_seconds": [low, high],
         "runs": len(seconds),
+        "floor_bytes": floor_bytes,
+        "achieved_bytes_per_second": floor_bytes / median,
         "times_floor": median / floor_seconds,
         "floor_share": floor_seconds / median,
     }
 
 
 # Output
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def describe(device: torch.device) -> str:
@@ -408,17 +455,15 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         low, high = (1e3 * seconds for seconds in row["quartile_seconds"])
         print(
             f"{what}{row['contender']:<24}{1e3 * row['median_seconds']:>10.3f} ms  ({low:.3f} to {high:.3f})"
-            f"{row['times_floor']:>9.1f} x floor"
+            f"{row['times_floor']:>9.1f} x floor",
+            flush=True,
         )
 
 
-def plot(report: dict[str, Any], path: str) -> None:
+def plot(report: dict[str, Any], path: Path) -> None:
     """Median time over length, a panel per operation, mask and direction."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("--plot needs matplotlib, which is not installed (pip install matplotlib); no plot was made.")
-        return
+    from matplotlib.figure import Figure
+
     rows = [row for row in report["results"] if "median_seconds" in row]
     panels = sorted({(row["op"], row["causal"], row["direction"]) for row in rows})
     figure = Figure(figsize=(4.5 * max(1, (len(panels) + 1) // 2), 7), layout="constrained")
@@ -439,8 +484,9 @@ def plot(report: dict[str, Any], path: str) -> None:
         axes.set_title(f"{panel[0]}, {'causal' if panel[1] else 'full'}, {panel[2]}", fontsize=9)
         axes.legend(fontsize=7)
     figure.suptitle(f"{report['device']}, {report['dtype']}")
-    figure.savefig(path, dpi=150)
-    print(f"plot: {path}")
+    unfinished = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    figure.savefig(unfinished, dpi=150)
+    unfinished.replace(path)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ def test_quick_run(tmp_path, capsys):
         low, high = row["quartile_seconds"]
         assert 0 < low <= row["median_seconds"] <= high
         assert row["floor_share"] == pytest.approx(1 / row["times_floor"])
+        assert row["floor_share"] == pytest.approx(row["achieved_bytes_per_second"] / report["copy_bytes_per_second"])
+        units = 4 if row["direction"] == "forward" else 11
+        assert row["floor_bytes"] == units * 2 * row["seq_len"] * 16 * 4
     assert plot.stat().st_size > 1000
     assert "x floor" in capsys.readouterr().out
 
@@ -63,7 +66,18 @@ def test_shapes_of_a_full_run():
     ]
 
 
-@pytest.mark.parametrize("arguments", [["--ops", "dense"], ["--lengths", "many"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--ops", "dense"],
+        ["--lengths", "many"],
+        ["--lengths", "0"],
+        ["--repeats", "1"],
+        ["--device", "tpu"],
+        ["--output", "/nowhere/bench.json"],
+        ["--plot", "/nowhere/bench.png"],
+    ],
+)
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
         benchmark_ops.parse_arguments(arguments)
