@@ -6,15 +6,21 @@ The compilers for all targets are in the triton package; no GPU, driver or CUDA 
 target, dtype, head_dim and variant the report has the registers, the bytes of spilled registers, the shared memory, and
 whether the matrix products run on tensor cores (matrix cores on AMD). The exit status is 1 where a configuration spills
 registers, needs more shared memory than the target has, or does not compile.
+
+All of it takes hours of one core. The report is written as it grows, and `--resume` compiles only what the report at
+`--output` lacks or what has changed since, so a run may be interrupted, or be made in parts with `--kernels`.
 """
 
 import argparse
+import contextlib
+import hashlib
+import io
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,13 +29,14 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"  # it would turn the kernels into Python functions
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said aloud, because triton 3.10 changes the default
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # the assembler's own words about registers and spills
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from transnormer_hf import diag_kernels_transnormer, norm_kernels_transnormer
-from transnormer_hf.triton_features_transnormer import KernelSpec, KernelVariant, compile_arguments
+from transnormer_hf.triton_features_transnormer import KernelSpec, compile_arguments
 
 KERNELS: list[KernelSpec] = [*norm_kernels_transnormer.KERNELS, *diag_kernels_transnormer.KERNELS]
 DTYPES = ("bf16", "fp16", "fp32")
@@ -65,25 +72,60 @@ class Job(NamedTuple):
     head_dim: int
     variant: str
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Job":
+        return cls(row["kernel"], row["target"], row["dtype"], row["head_dim"], row["config"]["variant"])
+
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     jobs = list(list_jobs(options.targets, options.dtypes, options.head_dims, options.kernels, options.variants))
     if not jobs:
         raise SystemExit("No kernel matches --kernels, --variants, --dtypes and --head_dims.")
-    rows, failures = [], []
-    with ProcessPoolExecutor(options.workers) as pool:
-        for done, (job, row) in enumerate(zip(jobs, pool.map(compile_job, jobs), strict=True), start=1):
+    output = Path(options.output)
+    known = {Job.of(row): row for row in read_report(output)} if options.resume else {}
+    rows, failures, started = [], [], time.monotonic()
+    # Triton's cache would answer without the assembler's log; what was compiled before is in the report.
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(
+            options.jobs, initializer=os.environ.__setitem__, initargs=("TRITON_CACHE_DIR", cache)
+        ) as pool,
+    ):
+        results = pool.map(compile_job, jobs, [known.get(job) for job in jobs])
+        for done, (job, row) in enumerate(zip(jobs, results, strict=True), start=1):
             rows.append(row)
+            known[job] = row
             name = f"{job.kernel} ({job.variant}) on {job.target}, {job.dtype}, head_dim {job.head_dim}"
             failures += [f"{name}: {problem}" for problem in problems(row)]
             show_progress(done, len(jobs), job, len(failures))
+            if done % 20 == 0 or done == len(jobs):
+                write_report(output, list(known.values()))
     print_table(rows)
-    Path(options.output).write_text(json.dumps({"kernels": rows}, indent=1) + "\n")
-    print(f"{len(rows)} kernels compiled, {len(failures)} problems; report: {options.output}")
+    spilled, shared = (max(row[column] or 0 for row in rows) for column in ("spill_bytes", "shared_bytes"))
+    print(
+        f"{len(rows)} kernels compiled in {time.monotonic() - started:.0f} s, {len(failures)} problems; "
+        f"at most {spilled} bytes spilled, {shared / KIB:.1f} KiB shared; report: {options.output}"
+    )
     for failure in failures:
         print(f"  {failure}")
     return 1 if failures else 0
+
+
+def read_report(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run, none where there is no report."""
+    if not path.exists():
+        return []
+    try:
+        return json.loads(path.read_text())["kernels"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--output={path}: not a report of this script, so --resume cannot go on from it.") from error
+
+
+def write_report(path: Path, rows: list[dict[str, Any]]) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps({"kernels": rows}, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -94,8 +136,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head_dims", default=",".join(map(str, HEAD_DIMS)), help="multiples of 8 from 8 to 256")
     parser.add_argument("--kernels", default="", help="compile only the kernels whose name contains this")
     parser.add_argument("--variants", default="", help="compile only the variants whose name contains this")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile at the same time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile at the same time")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of the report at --output that still hold")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs={options.jobs}: must be at least 1.")
     options.targets = choose(parser, "--targets", options.targets, tuple(TARGETS))
     options.dtypes = choose(parser, "--dtypes", options.dtypes, DTYPES)
     head_dims = choose(parser, "--head_dims", options.head_dims, tuple(str(dim) for dim in range(8, 257, 8)))
@@ -130,10 +175,12 @@ def list_jobs(
                             yield Job(spec.name, target, dtype, head_dim, variant.name)
 
 
-def compile_job(job: Job) -> dict[str, Any]:
-    """A row of the report."""
+def compile_job(job: Job, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A row of the report; the known one where neither kernel nor configuration nor compiler has changed since."""
     spec = next(spec for spec in KERNELS if spec.name == job.kernel)
     variant = next(v for v in spec.variants(job.target, job.dtype, job.head_dim) if v.name == job.variant)
+    source, gpu = ASTSource(spec.function, *compile_arguments(spec, variant)), TARGETS[job.target].gpu
+    identity = (source.hash(), gpu, sorted(variant.options.items()), triton.__version__)
     row: dict[str, Any] = {
         "kernel": job.kernel,
         "target": job.target,
@@ -145,53 +192,49 @@ def compile_job(job: Job) -> dict[str, Any]:
         "shared_bytes": None,
         "tensor_core": False,
         "has_dot": False,
+        "seconds": 0.0,
+        "source": hashlib.sha256(repr(identity).encode()).hexdigest()[:16],
     }
+    if known is not None and known.get("source") == row["source"] and "error" not in known:
+        return known
+    started = time.monotonic()
     try:
-        row |= compile_variant(spec, variant, TARGETS[job.target].gpu)
+        row |= compile_source(source, gpu, variant.options)
     except Exception as error:  # the compilers raise whatever they like, and every row is to be reported
         row["error"] = f"{type(error).__name__}: {str(error).strip()[-300:]}"
+    row["seconds"] = round(time.monotonic() - started, 1)
     return row
 
 
-def compile_variant(spec: KernelSpec, variant: KernelVariant, gpu: GPUTarget) -> dict[str, Any]:
+def compile_source(source: ASTSource, gpu: GPUTarget, options: dict[str, int]) -> dict[str, Any]:
     """Registers, spills, shared memory and use of tensor cores of one compiled kernel."""
-    signature, constexprs, attrs = compile_arguments(spec, variant)
-    source = ASTSource(spec.function, signature, constexprs, attrs)
-    compiled = triton.compile(source, target=gpu, options=variant.options)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "cuda":
-        registers, spill_bytes = read_ptxas(compiled.asm["ptx"], gpu.arch)
-        tensor_core = (
-            re.search(r"\b(wgmma|mma|tcgen05)\S*mma|\bmma\.sync|tcgen05\.mma", compiled.asm["ptx"]) is not None
-        )
+        registers, spill_bytes = read_ptxas(log.getvalue())
+        products = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"])
     else:
         registers, spill_bytes = read_amdgcn(compiled.asm["amdgcn"])
-        tensor_core = "v_mfma" in compiled.asm["amdgcn"]
+        products = re.search(r"\bv_s?mfma", compiled.asm["amdgcn"])
+    # a product whose result is laid out as for plain arithmetic is one that found no matrix instruction
+    scalar_products = re.search(r"\btt\.dot\b.*-> tensor<[^>]*#blocked", compiled.asm["ttgir"])
     return {
         "registers": registers,
         "spill_bytes": spill_bytes,
         "shared_bytes": compiled.metadata.shared,
-        "tensor_core": tensor_core,
+        "tensor_core": products is not None and scalar_products is None,
         "has_dot": "tt.dot" in compiled.asm["ttir"],
     }
 
 
-def read_ptxas(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers per thread and bytes of spill stores, as the assembler reports them."""
-    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    name = re.search(r"^\.target (\S+?)(,|$)", ptx, re.MULTILINE)
-    assembler = binaries / "ptxas"
-    if arch >= 90 and (binaries / "ptxas-blackwell").exists():  # the newer of the two
-        assembler = binaries / "ptxas-blackwell"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [str(assembler), "-v", f"--gpu-name={name.group(1) if name else f'sm_{arch}'}", str(path)]
-        process = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True, check=False)
-    if process.returncode:
-        raise RuntimeError(f"ptxas: {process.stderr.strip()[-300:]}")
-    registers = [int(count) for count in re.findall(r"Used (\d+) registers", process.stderr)]
-    spills = [int(count) for count in re.findall(r"(\d+) bytes spill stores", process.stderr)]
-    return max(registers), max(spills, default=0)
+def read_ptxas(log: str) -> tuple[int, int]:
+    """Registers per thread and bytes of spill stores, as `ptxas -v` reports them of the binary that is shipped."""
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
+    spills = [int(count) for count in re.findall(r"(\d+) bytes spill stores", log)]
+    if not registers or not spills:
+        raise RuntimeError(f"ptxas said nothing about registers: {log.strip()[-200:]!r}")
+    return max(registers), max(spills)
 
 
 def read_amdgcn(assembly: str) -> tuple[int, int]:

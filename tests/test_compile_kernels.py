@@ -21,9 +21,7 @@ ROW = {
 def run_script(*arguments):
     """In a process of its own: here the kernels are the interpreter's."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # which the script must not fall for
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--workers", "1", *arguments], capture_output=True, text=True, env=environment
-    )
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, env=environment)
 
 
 def report_of(tmp_path, *arguments):
@@ -33,10 +31,10 @@ def report_of(tmp_path, *arguments):
     return process, json.loads(output.read_text())["kernels"]
 
 
-@pytest.mark.parametrize(("kernel", "variant"), [("diag_tile_forward", "no lrpe"), ("norm_state", "identity")])
+@pytest.mark.parametrize(("kernel", "variant"), [("diag_tile", "no lrpe"), ("norm_state", "identity")])
 def test_subset_for_all_default_targets(tmp_path, kernel, variant):
     process, rows = report_of(
-        tmp_path, "--kernels", kernel, "--variants", variant, "--dtypes", "bf16", "--head_dims", "32"
+        tmp_path, "--kernels", kernel, "--variants", variant, "--dtypes", "bf16", "--head_dims", "32", "--jobs", "1"
     )
     assert process.returncode == 0, process.stdout
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "gfx942"}
@@ -52,9 +50,10 @@ def test_subset_for_all_default_targets(tmp_path, kernel, variant):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_everything_that_ships(tmp_path, target):
-    process, rows = report_of(tmp_path, "--targets", target)
+def test_everything_that_ships(tmp_path, target, dtype):
+    process, rows = report_of(tmp_path, "--targets", target, "--dtypes", dtype)
     assert process.returncode == 0, process.stdout[-3000:]
     assert all(row["tensor_core"] for row in rows if row["has_dot"])
 
@@ -78,7 +77,7 @@ def test_failure_is_the_exit_status(tmp_path, monkeypatch, capsys):
     class Here:
         """A pool that is this process."""
 
-        def __init__(self, workers):
+        def __init__(self, *arguments, **options):
             pass
 
         def __enter__(self):
@@ -93,10 +92,41 @@ def test_failure_is_the_exit_status(tmp_path, monkeypatch, capsys):
     arguments = ["--targets", "sm_86", "--kernels", "diag_table", "--output", str(tmp_path / "report.json")]
     for spill_bytes, status in ((0, 0), (16, 1)):
         monkeypatch.setattr(
-            compile_kernels, "compile_job", lambda job, spill=spill_bytes: {**ROW, "spill_bytes": spill}
+            compile_kernels, "compile_job", lambda job, known, spill=spill_bytes: {**ROW, "spill_bytes": spill}
         )
         assert compile_kernels.main(arguments) == status
     assert "spills 16 bytes" in capsys.readouterr().out
+
+
+def test_resume_compiles_only_what_has_changed(tmp_path):
+    arguments = ["--kernels", "diag_table", "--targets", "sm_80,gfx942", "--dtypes", "bf16", "--head_dims", "32"]
+    _, first = report_of(tmp_path, *arguments)
+    report = tmp_path / "report.json"
+    first[0] |= {"registers": 7}  # a mark that only a row that was kept still has
+    first[1] |= {"registers": 7, "source": "of another kernel"}
+    report.write_text(json.dumps({"kernels": [*first, {**first[0], "target": "sm_120"}]}))
+    process, rows = report_of(tmp_path, "--resume", *arguments)
+    assert process.returncode == 0, process.stdout
+    assert rows[0]["registers"] == 7
+    assert rows[1]["registers"] != 7
+    assert rows[1]["source"] != first[1]["source"]
+    assert [row["target"] for row in rows] == ["sm_80", "gfx942", "sm_120"]  # what was not asked for stays
+
+
+def test_resume_from_something_else(tmp_path):
+    report = tmp_path / "report.json"
+    report.write_text("[]")
+    with pytest.raises(SystemExit, match="not a report of this script"):
+        compile_kernels.read_report(report)
+    assert report.read_text() == "[]"
+    assert compile_kernels.read_report(tmp_path / "none.json") == []
+
+
+def test_registers_of_nvidia():
+    log = "ptxas info: 0 bytes stack frame, 16 bytes spill stores, 24 bytes spill loads\nptxas info: Used 255 registers"
+    assert compile_kernels.read_ptxas(log) == (255, 16)
+    with pytest.raises(RuntimeError, match="nothing about registers"):
+        compile_kernels.read_ptxas("")
 
 
 def test_amd_metadata():
@@ -118,6 +148,7 @@ def test_amd_metadata():
         (["--targets", ""], ["nothing", "sm_80"]),
         (["--dtypes", "fp8"], ["fp8", "bf16"]),
         (["--head_dims", "12"], ["12", "8", "256"]),
+        (["--jobs", "0"], ["--jobs=0", "at least 1"]),
         (["--output", "/nowhere/report.json"], ["/nowhere", "create it first"]),
     ],
 )
