@@ -99,8 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
             name = f"{job.kernel} ({job.variant}) on {job.target}, {job.dtype}, head_dim {job.head_dim}"
             failures += [f"{name}: {problem}" for problem in problems(row)]
             show_progress(done, len(jobs), job, len(failures))
-            if done % 20 == 0 or done == len(jobs):
-                write_report(output, list(known.values()))
+            write_report(output, list(known.values()))
     print_table(rows)
     spilled, shared = (max(row[column] or 0 for row in rows) for column in ("spill_bytes", "shared_bytes"))
     print(
