@@ -47,7 +47,7 @@ def test_every_token_is_counted_once(seq_len, block_size):
     unit = seq_len * 64 * 2
     assert forward == 4 * unit + 2 * tables + statistics + positions
     reads_output = unit if plan.is_split else 0
-    parts = plan.programs_per_row * 32 * 4 * 2
+    parts = plan.programs_per_row * 32 * 4 * 2 * (2 if plan.is_split else 1)
     assert backward == 7 * unit + reads_output + tables + statistics + positions + parts
 
 

@@ -163,7 +163,9 @@ def diag_attention_backward(
     grad_query, grad_key, grad_value = (_token_major(query) for _ in range(3))
     launch = _Launch(query, table, householder, positions, is_real, cu_seqlens, seed, block_size, scale, dropout_p)
     # Each program leaves its part of theta's gradient in a row of its own: the sum has one order, and no atomics.
-    parts = new_empty((launch.programs, width_of(query.shape[-1]) // 2), query, torch.float32)
+    # Blocks larger than a tile have three programs where others have one, of which those for dQ and dK have a part.
+    is_split = launch.plan.is_split
+    parts = new_empty((launch.programs * (2 if is_split else 1), width_of(query.shape[-1]) // 2), query, torch.float32)
     tensors = {"grad": grad, "query": query, "key": key, "value": value}
     pointers: dict[str, torch.Tensor | None] = {
         "grad_query": grad_query,
@@ -171,11 +173,11 @@ def diag_attention_backward(
         "grad_value": grad_value,
         "grad_theta": None if theta is None else parts,
     }
-    if launch.plan.is_split:
+    if is_split:
         pointers |= {"output": output, "lse": lse}
     launch(
-        diag_split_backward_kernel if launch.plan.is_split else diag_tile_backward_kernel,
-        "split_backward" if launch.plan.is_split else "tile_backward",
+        diag_split_backward_kernel if is_split else diag_tile_backward_kernel,
+        "split_backward" if is_split else "tile_backward",
         tensors,
         pointers,
         causal,
@@ -284,7 +286,7 @@ class _Launch:
         arguments |= kernel_constants(name, *key, causal, activation == "relu", is_interpreted())
         options = launch_options(name, *key)
         with torch.cuda.device_of(self.query):
-            kernel[(self.programs,)](**arguments, **options)
+            kernel[(self.programs * (3 if name == "split_backward" else 1),)](**arguments, **options)
 
 
 def _empty_forward(

@@ -802,7 +802,7 @@ def diag_split_backward_kernel(
     output_ptr,  # the forward pass's; not for relu, as lse_ptr
     grad_query_ptr, grad_key_ptr, grad_value_ptr, output_stride_b, output_stride_h, output_stride_t,  # all four alike
     lse_ptr,
-    grad_theta_ptr,  # (programs, WIDTH / 2) float32, summed afterwards
+    grad_theta_ptr,  # (2 / 3 of the programs, WIDTH / 2) float32, summed afterwards
     table_ptr, householder_ptr,
     positions_ptr, positions_stride_b,
     is_real_ptr, is_real_stride_b,
@@ -813,16 +813,18 @@ def diag_split_backward_kernel(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """One program: TILE tokens of one block and head, first as queries (dQ), then as keys (dV, dK).
+    """Three programs for TILE tokens of one block and head: they are queries (dQ), keys (dV), keys (dK).
 
-    The row sums of P ∘ dP are those of O ∘ dO, so the saved output and the saved log-sum-exp stand for the whole row.
+    One program that did all three would keep the addresses of each in registers through the others. The row sums of
+    P ∘ dP are those of O ∘ dO, so the saved output and the saved log-sum-exp stand for the whole row.
     """
-    program = tl.program_id(0)
+    role = tl.program_id(0) % 3
+    program = tl.program_id(0) // 3
     head = (program % num_heads).to(tl.int64)
     row = (program // num_heads // programs_per_row).to(tl.int64)
     pairs = tl.arange(0, WIDTH // 2)
     if table_ptr is not None:
-        grad_theta_ptr += program.to(tl.int64) * (WIDTH // 2)
+        grad_theta_ptr += (2 * program.to(tl.int64) + role // 2) * (WIDTH // 2)  # dV has no part in it
     first, begin, end, part_start = locate_part(
         program // num_heads % programs_per_row,
         positions_ptr + row * positions_stride_b, cu_seqlens_ptr, seq_len, num_sequences, block_size, TILE,
@@ -847,8 +849,8 @@ def diag_split_backward_kernel(
     stop = upper
     my_start = part_start.to(tl.int64)
 
-    # Three passes over the other tokens, each with one sum. What a pass needs of my own tokens is read in every turn
-    # anew, from the cache: as registers that live through the loop it would be too many. (The comparison that is true
+    # A program walks over the other tokens, with one sum. What it needs of its own tokens it reads in every turn anew,
+    # from the cache: as registers that live through the loop it would be too many. (The comparison that is true
     # throughout keeps the compiler from reading it once.)
     my_query_ptr = query_ptr + my_start * query_stride_t
     my_key_ptr = key_ptr + my_start * key_stride_t
@@ -859,88 +861,94 @@ def diag_split_backward_kernel(
         is_real_ptr += row * is_real_stride_b + first
         i_am_key = tl.load(is_real_ptr + my_places, mask=i_exist, other=0) != 0
 
-    # my tokens as queries: dQ
-    row_sums = None
-    lse = None
-    if not RELU:
-        row_sums, lse = load_row_statistics(
-            output_ptr + my_start * output_stride_t, lse_ptr + my_start, my_grad_ptr, grad_stride_t, grad_stride_d,
-            places, i_exist, output_stride_t, HEAD_DIM, WIDTH,
-        )  # fmt: skip
-    sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
-    sum_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
-    keys_stop = stop
-    if CAUSAL:
-        keys_stop = tl.minimum(stop, part_start + TILE)
-    for key_start in range(0, keys_stop, TILE):
-        key_places = key_start + places
-        i_exist_now = i_exist & (key_places < keys_stop + TILE)
-        is_key = (key_places >= lower) & (key_places < upper)
-        if is_real_ptr is not None:
-            is_key = tl.load(is_real_ptr + key_places, mask=is_key, other=0) != 0
-        other_key_ptr = key_ptr + tl.cast(key_start, tl.int64) * key_stride_t
-        weights = split_map(
-            my_query_ptr, query_stride_t, query_stride_d, my_places, i_exist_now,
-            other_key_ptr, key_stride_t, key_stride_d, key_places, is_key,
-            places, lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, key_start,
-            block_size, scale, dropout_p, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
-        )  # fmt: skip
-        grad_weights = split_grad_of_map(
-            my_grad_ptr, grad_stride_t, grad_stride_d, i_exist_now,
-            value_ptr + tl.cast(key_start, tl.int64) * value_stride_t, value_stride_t, value_stride_d, is_key,
-            places, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION,
-        )  # fmt: skip
-        grad_scores = grad_of_scores(weights, grad_weights, row_sums, seed_ptr, keep_scale, RELU)
-        grad_scores = (grad_scores * scale).to(MAP_TYPE)
-        key_first, key_second = load_turned(
-            other_key_ptr, places, is_key, key_stride_t, key_stride_d, key_places,
+    if role == 0:  # my tokens as queries: dQ
+        row_sums = None
+        lse = None
+        if not RELU:
+            row_sums, lse = load_row_statistics(
+                output_ptr + my_start * output_stride_t, lse_ptr + my_start, my_grad_ptr, grad_stride_t, grad_stride_d,
+                places, i_exist, output_stride_t, HEAD_DIM, WIDTH,
+            )  # fmt: skip
+        sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
+        sum_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
+        keys_stop = stop
+        if CAUSAL:
+            keys_stop = tl.minimum(stop, part_start + TILE)
+        for key_start in range(0, keys_stop, TILE):
+            key_places = key_start + places
+            i_exist_now = i_exist & (key_places < keys_stop + TILE)
+            is_key = (key_places >= lower) & (key_places < upper)
+            if is_real_ptr is not None:
+                is_key = tl.load(is_real_ptr + key_places, mask=is_key, other=0) != 0
+            other_key_ptr = key_ptr + tl.cast(key_start, tl.int64) * key_stride_t
+            weights = split_map(
+                my_query_ptr, query_stride_t, query_stride_d, my_places, i_exist_now,
+                other_key_ptr, key_stride_t, key_stride_d, key_places, is_key,
+                places, lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, key_start,
+                block_size, scale, dropout_p, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
+            )  # fmt: skip
+            grad_weights = split_grad_of_map(
+                my_grad_ptr, grad_stride_t, grad_stride_d, i_exist_now,
+                value_ptr + tl.cast(key_start, tl.int64) * value_stride_t, value_stride_t, value_stride_d, is_key,
+                places, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION,
+            )  # fmt: skip
+            grad_scores = grad_of_scores(weights, grad_weights, row_sums, seed_ptr, keep_scale, RELU)
+            grad_scores = (grad_scores * scale).to(MAP_TYPE)
+            key_first, key_second = load_turned(
+                other_key_ptr, places, is_key, key_stride_t, key_stride_d, key_places,
+                table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
+            )  # fmt: skip
+            sum_first = tl.dot(grad_scores, key_first.to(DOT_TYPE).to(MAP_TYPE), sum_first, input_precision=PRECISION)
+            sum_second = tl.dot(
+                grad_scores, key_second.to(DOT_TYPE).to(MAP_TYPE), sum_second, input_precision=PRECISION
+            )
+        my_first, my_second = load_turned(
+            my_query_ptr, places, i_exist, query_stride_t, query_stride_d, my_places,
             table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
         )  # fmt: skip
-        sum_first = tl.dot(grad_scores, key_first.to(DOT_TYPE).to(MAP_TYPE), sum_first, input_precision=PRECISION)
-        sum_second = tl.dot(grad_scores, key_second.to(DOT_TYPE).to(MAP_TYPE), sum_second, input_precision=PRECISION)
-    my_first, my_second = load_turned(
-        my_query_ptr, places, i_exist, query_stride_t, query_stride_d, my_places,
-        table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
-    )  # fmt: skip
-    grad_theta = store_turned_back(
-        grad_query_ptr + start + my_start * output_stride_t,
-        sum_first, sum_second, my_first, my_second, places, i_exist, output_stride_t,
-        my_places, table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
-    )  # fmt: skip
+        grad_theta = store_turned_back(
+            grad_query_ptr + start + my_start * output_stride_t,
+            sum_first, sum_second, my_first, my_second, places, i_exist, output_stride_t,
+            my_places, table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
+        )  # fmt: skip
+        if table_ptr is not None:
+            tl.store(grad_theta_ptr + pairs, grad_theta)
+        return
 
-    # my tokens as keys: dV
-    sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
-    sum_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
     queries_begin = 0
     if CAUSAL:
         queries_begin = part_start
-    for query_start in range(queries_begin, stop, TILE):
-        query_places = query_start + places
-        i_am_key_now = i_am_key & (query_places < stop + TILE)
-        query_exists = (query_places >= lower) & (query_places < upper)
-        query_lse = None
-        if not RELU:
-            query_lse = tl.load(lse_ptr + query_start + places, mask=query_exists, other=float("inf"))
-        weights = split_map(
-            query_ptr + tl.cast(query_start, tl.int64) * query_stride_t,
-            query_stride_t, query_stride_d, query_places, query_exists,
-            my_key_ptr, key_stride_t, key_stride_d, my_places, i_am_key_now,
-            places, query_lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, part_start,
-            block_size, scale, dropout_p, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
+    if role == 1:  # my tokens as keys: dV
+        sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
+        sum_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
+        for query_start in range(queries_begin, stop, TILE):
+            query_places = query_start + places
+            i_am_key_now = i_am_key & (query_places < stop + TILE)
+            query_exists = (query_places >= lower) & (query_places < upper)
+            query_lse = None
+            if not RELU:
+                query_lse = tl.load(lse_ptr + query_start + places, mask=query_exists, other=float("inf"))
+            weights = split_map(
+                query_ptr + tl.cast(query_start, tl.int64) * query_stride_t,
+                query_stride_t, query_stride_d, query_places, query_exists,
+                my_key_ptr, key_stride_t, key_stride_d, my_places, i_am_key_now,
+                places, query_lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, part_start,
+                block_size, scale, dropout_p, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
+            )  # fmt: skip
+            if seed_ptr is not None:
+                weights = tl.maximum(weights, 0.0) * keep_scale
+            weights = tl.trans(weights.to(MAP_TYPE))
+            grad_first, grad_second = load_halves(
+                grad_ptr + tl.cast(query_start, tl.int64) * grad_stride_t, places, query_exists,
+                grad_stride_t, grad_stride_d, 0, HEAD_DIM, WIDTH, WIDTH,
+            )  # fmt: skip
+            sum_first = tl.dot(weights, grad_first.to(MAP_TYPE), sum_first, input_precision=PRECISION)
+            sum_second = tl.dot(weights, grad_second.to(MAP_TYPE), sum_second, input_precision=PRECISION)
+        store_halves(
+            grad_value_ptr + start + my_start * output_stride_t, sum_first, sum_second,
+            places, i_exist, output_stride_t, False, 0, HEAD_DIM, WIDTH, WIDTH,
         )  # fmt: skip
-        if seed_ptr is not None:
-            weights = tl.maximum(weights, 0.0) * keep_scale
-        weights = tl.trans(weights.to(MAP_TYPE))
-        grad_first, grad_second = load_halves(
-            grad_ptr + tl.cast(query_start, tl.int64) * grad_stride_t, places, query_exists,
-            grad_stride_t, grad_stride_d, 0, HEAD_DIM, WIDTH, WIDTH,
-        )  # fmt: skip
-        sum_first = tl.dot(weights, grad_first.to(MAP_TYPE), sum_first, input_precision=PRECISION)
-        sum_second = tl.dot(weights, grad_second.to(MAP_TYPE), sum_second, input_precision=PRECISION)
-    store_halves(
-        grad_value_ptr + start + my_start * output_stride_t, sum_first, sum_second,
-        places, i_exist, output_stride_t, False, 0, HEAD_DIM, WIDTH, WIDTH,
-    )  # fmt: skip
+        return
 
     # my tokens as keys: dK
     sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
@@ -981,7 +989,7 @@ def diag_split_backward_kernel(
         my_key_ptr, places, i_am_key, key_stride_t, key_stride_d, my_places,
         table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
     )  # fmt: skip
-    grad_theta += store_turned_back(
+    grad_theta = store_turned_back(
         grad_key_ptr + start + my_start * output_stride_t,
         sum_first, sum_second, my_first, my_second, places, i_exist, output_stride_t,
         my_places, table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
@@ -1021,7 +1029,9 @@ class TileSizes(NamedTuple):
 
 def tile_sizes(target: str, dtype: str, head_dim: int) -> TileSizes:
     """The table of tiles: as many places as the registers of the backward pass hold without spilling."""
-    return TileSizes(64, 64, 32 if dtype != "fp32" and width_of(head_dim) <= 128 else 16)
+    if dtype == "fp32":
+        return TileSizes(64, 64, 32) if target_family(target) == "amd" else TileSizes(32, 32, 16)
+    return TileSizes(64, 64, 32 if width_of(head_dim) <= 128 else 16)
 
 
 def diag_plan(
@@ -1198,8 +1208,8 @@ def diag_attention_traffic(
     however many programs read it: it is a few KiB that stay in the caches.
 
     Blocks larger than a tile: the forward pass writes a log-sum-exp per row as well, the backward pass reads it and O
-    (8 U). Programs of one block run next to each other, so what they read of each other's tokens is in the second-level
-    cache and counted once.
+    (8 U), and its programs for dQ and dK each leave a part of theta's gradient. Programs of one block run next to each
+    other, so what they read of each other's tokens is in the second-level cache and counted once.
     """
     element_size, width = (4 if dtype == "fp32" else 2), width_of(head_dim)
     plan = diag_plan(target, dtype, head_dim, seq_len, block_size, None)
@@ -1218,7 +1228,8 @@ def diag_attention_traffic(
         program_bytes = 8 + tokens * mask if tokens else 8
         tile_bytes = tokens * head_dim * element_size
         forward += batch_size * num_heads * (program_bytes + 4 * tile_bytes + tokens * row_statistics)
-        backward += batch_size * num_heads * (program_bytes + 7 * tile_bytes + 2 * (width // 2) * 4)
+        parts_of_theta = 2 if plan.is_split else 1
+        backward += batch_size * num_heads * (program_bytes + 7 * tile_bytes + parts_of_theta * 2 * (width // 2) * 4)
         if row_statistics:
             backward += batch_size * num_heads * (tile_bytes + tokens * row_statistics)
     return forward, backward
