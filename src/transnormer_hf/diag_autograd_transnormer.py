@@ -20,13 +20,12 @@ from .diag_kernels_transnormer import (
     tile_sizes,
     width_of,
 )
-from .features_transnormer import LRPE, TokenLayout, apply_lrpe
+from .features_transnormer import LRPE, TokenLayout, apply_lrpe, operator_namespace
 from .triton_features_transnormer import (
     ELEMENT_TYPES,
     check_inputs,
     is_interpreted,
     new_empty,
-    operator_namespace,
     target_of,
 )
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .features_transnormer import LRPE, TokenLayout, prepare_query_key
+from .features_transnormer import LRPE, TokenLayout, operator_namespace, prepare_query_key
 from .norm_bidirectional_kernels_transnormer import (
     key_value_backward_kernel,
     output_kernel,
@@ -36,7 +36,6 @@ from .triton_features_transnormer import (
     check_inputs,
     is_interpreted,
     new_empty,
-    operator_namespace,
     target_of,
 )
 

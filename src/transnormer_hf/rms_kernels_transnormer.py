@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from .features_transnormer import operator_namespace
 from .triton_features_transnormer import (
     ELEMENT_TYPES,
     KernelSpec,
     KernelVariant,
     is_interpreted,
     new_empty,
-    operator_namespace,
 )
 
 try:

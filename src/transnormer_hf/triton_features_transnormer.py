@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .features_transnormer import operator_namespace  # noqa: F401 (each file of operators takes it from here)
-
 try:
     import triton
     import triton.language as tl
