@@ -25,7 +25,6 @@ import contextlib
 import copy
 import functools
 import json
-import math
 import multiprocessing
 import platform
 import resource
@@ -36,10 +35,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
+from transnormer_hf import TransNormerConfig
+from transnormer_hf.baselines import baseline_config
 from transnormer_hf.glue import write_atomically
 from transnormer_hf.modeling_transnormer import TransNormerAttention
 
@@ -104,19 +104,27 @@ class Setting(NamedTuple):
 # Models
 
 
-def build_transnormer(
-    size: Size, length: int, variant: str, causal: bool, attend: Attend | None = None, **overrides: Any
-) -> PreTrainedModel:
-    """The paper's causal or bidirectional model at this size, its attention replaced where `attend` is given."""
+def transnormer_config(size: Size, length: int, variant: str, causal: bool) -> TransNormerConfig:
+    """The paper's causal or bidirectional model at this size."""
     preset = MODEL_CARDS / f"transnormer-{variant}-{'wikitext103' if causal else 'base'}"
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = AutoConfig.from_pretrained(
-        preset, **size._asdict(), max_position_embeddings=length, **no_dropout, **overrides
-    )
+    return AutoConfig.from_pretrained(preset, **size._asdict(), max_position_embeddings=length, **no_dropout)
+
+
+def build_transnormer(
+    size: Size, length: int, variant: str, causal: bool, attend: Attend | None = None
+) -> PreTrainedModel:
+    """TransNormer, its attention replaced where `attend` is given."""
+    config = transnormer_config(size, length, variant, causal)
     model = (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_config(config)
     if attend is not None:
         replace_attention(model, attend)
     return model
+
+
+def build_rival(size: Size, length: int, mixer: str) -> PreTrainedModel:
+    config = baseline_config(transnormer_config(size, length, "t2", causal=False), mixer)
+    return AutoModelForMaskedLM.from_config(config)
 
 
 def replace_attention(model: PreTrainedModel, attend: Attend) -> None:
@@ -165,7 +173,7 @@ def build_peer(size: Size, length: int, model_type: str, causal: bool) -> PreTra
     return (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_config(config)
 
 
-# Attentions in the place of ours. Each has a definition that forms the (seq, seq) map.
+# What takes the place of an attention where a step without it is timed.
 
 
 class IdentityOnValue(torch.autograd.Function):
@@ -186,56 +194,6 @@ def identity_on_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     return IdentityOnValue.apply(query, key, value)
 
 
-def softmax_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return F.scaled_dot_product_attention(query, key, value)
-
-
-def softmax_definition(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1) @ value
-
-
-def scaled_linear_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """phi(Q) (phi(K)^T V) / phi(Q) (phi(K)^T 1) of features that phi has been applied to."""
-    return query @ (key.mT @ value) / (query @ key.sum(-2).unsqueeze(-1))
-
-
-def scaled_linear_definition(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    weights = query @ key.mT  # (batch, heads, seq, seq)
-    return weights / weights.sum(-1, keepdim=True) @ value
-
-
-def elu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attend: Attend) -> torch.Tensor:
-    """Linear attention with phi = 1 + elu (Katharopoulos et al., https://arxiv.org/abs/2006.16236)."""
-    return attend(1 + F.elu(query), 1 + F.elu(key), value)
-
-
-def performer_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attend: Attend) -> torch.Tensor:
-    """FAVOR+ with positive orthogonal features (Choromanski et al., https://arxiv.org/abs/2009.14794)."""
-    directions = favor_directions(query.shape[-1]).to(query)  # (head_dim, features)
-
-    def features(states: torch.Tensor, largest_over: tuple[int, ...]) -> torch.Tensor:
-        states = states * states.shape[-1] ** -0.25
-        projected = states @ directions  # (batch, heads, seq, features)
-        exponents = projected - states.square().sum(-1, keepdim=True) / 2
-        return (exponents - projected.amax(largest_over, keepdim=True).detach()).exp() + 1e-4
-
-    # a constant per query or per head drops out in the division
-    return attend(features(query, (-1,)), features(key, (-2, -1)), value)
-
-
-@functools.lru_cache
-def favor_directions(head_dim: int) -> torch.Tensor:
-    """Random directions (head_dim, head_dim · log(head_dim)), orthogonal in blocks, with the lengths of Gaussians."""
-    generator = torch.Generator().manual_seed(0)
-    count = int(head_dim * math.log(head_dim))
-    blocks = [
-        torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64))[0]
-        for _ in range(-(-count // head_dim))
-    ]
-    lengths = torch.randn(head_dim, count, generator=generator, dtype=torch.float64).norm(dim=0)
-    return torch.cat(blocks, 1)[:, :count] * lengths
-
-
 def transnormer(variant: str, causal: bool) -> Contender:
     build = functools.partial(build_transnormer, variant=variant, causal=causal)
     return Contender(build, causal, use_definition, "constant" if causal else None)
@@ -253,14 +211,9 @@ def t2_without_attention() -> Contender:
     return Contender(build, True, functools.partial(replace_attention, attend=lambda query, key, value: value))
 
 
-def in_one_backbone(attend: Attend, definition: Attend) -> Contender:
-    """Bidirectional T2 with another attention in every layer, and neither LRPE nor a norm around that."""
-
-    def build(size: Size, length: int) -> PreTrainedModel:
-        layer_types = ["chunked_attention"] * size.num_hidden_layers  # softmax blocks: the layers without a norm
-        return build_transnormer(size, length, "t2", False, attend, layer_types=layer_types, lrpe=False)
-
-    return Contender(build, define=functools.partial(replace_attention, attend=definition))
+def in_one_backbone(mixer: str) -> Contender:
+    """Bidirectional T2 with a rival in every layer, and neither LRPE nor a norm around that."""
+    return Contender(functools.partial(build_rival, mixer=mixer), define=use_definition)
 
 
 FLOOR = "t2-identity"
@@ -280,15 +233,9 @@ CONTENDERS = {
     "reformer": peer("reformer"),
 }
 TABLE7 = {
-    "vanilla": in_one_backbone(softmax_attention, softmax_definition),
-    "1+elu": in_one_backbone(
-        functools.partial(elu_attention, attend=scaled_linear_attention),
-        functools.partial(elu_attention, attend=scaled_linear_definition),
-    ),
-    "performer": in_one_backbone(
-        functools.partial(performer_attention, attend=scaled_linear_attention),
-        functools.partial(performer_attention, attend=scaled_linear_definition),
-    ),
+    "vanilla": in_one_backbone("softmax"),
+    "1+elu": in_one_backbone("1+elu"),
+    "performer": in_one_backbone("performer"),
     "transnormer-t1-bidirectional": CONTENDERS["transnormer-t1-bidirectional"],
     "transnormer-t2-bidirectional": CONTENDERS["transnormer-t2-bidirectional"],
 }

@@ -14,7 +14,11 @@ import transnormer_hf
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "transnormer_hf"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+)
 # The files that save_pretrained copies to the Hub. Where they are loaded, only transformers, what it requires itself,
 # and torch are sure to be installed.
 SHIPPED = sorted(PACKAGE.glob("*_transnormer.py"))

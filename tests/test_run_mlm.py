@@ -111,3 +111,13 @@ def test_a_tokenizer_without_a_mask_is_refused(arguments, byte_tokenizer, tmp_pa
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match=r"has no mask_token: give one made for masked models"):
         run_mlm.main(arguments("--do_train", tokenizer_name=tmp_path / "tokenizer"))
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "performer"])
+def test_a_rival_is_trained_by_the_same_call(mixer, arguments, tmp_path):
+    overrides = f"mixer={mixer},hidden_size=16,num_hidden_layers=2,num_attention_heads=2"
+    model = {"model_type": "transnormer_hf_baseline", "config_overrides": overrides}
+    results = run_mlm.main(arguments("--do_train", "--do_eval", **model, max_steps=30, learning_rate=1e-2))
+    assert results["eval_token_perplexity"] < 200  # of 300 tokens
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    assert again.config.layer_types == [mixer] * 2

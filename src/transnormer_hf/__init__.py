@@ -57,6 +57,9 @@ def _push_to_hub(self: TransNormerPreTrainedModel, repo_id: str, **kwargs: Any) 
 
 TransNormerPreTrainedModel.push_to_hub = _push_to_hub
 
+# The rivals register with the Auto classes as well.
+from . import baselines  # noqa: E402
+
 try:
     from peft.utils import constants as peft_constants
 except ImportError:  # peft is not installed
@@ -82,6 +85,7 @@ __all__ = [
     "TransNormerForTokenClassification",
     "TransNormerModel",
     "TransNormerPreTrainedModel",
+    "baselines",
     "diag_attention",
     "norm_attention",
     "simple_rms_norm",
