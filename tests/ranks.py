@@ -51,11 +51,11 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.join()
+        errors = "\n".join(path.read_text() for path in sorted(Path(folder).glob("error_*")))
         if killed:
-            assert -9 in codes, f"no rank was killed: exit codes {codes}"
+            assert -9 in codes, f"no rank was killed: exit codes {codes}\n{errors}"
             return []
-        errors = [path.read_text() for path in sorted(Path(folder).glob("error_*"))]
-        assert codes == [0] * world_size, f"exit codes {codes}\n" + "\n".join(errors)
+        assert codes == [0] * world_size, f"exit codes {codes}\n{errors}"
         return [torch.load(Path(folder) / f"result_{rank}", weights_only=False) for rank in range(world_size)]
 
 
