@@ -1,5 +1,6 @@
 """Training on several processes: DDP and FSDP2 give the loss curve of one process, and killed runs lose nothing."""
 
+import inspect
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, merge_fsdp_weights
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
-from transformers import BertTokenizerFast, TrainerCallback, TrainingArguments, set_seed
+from transformers import BertTokenizerFast, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ranks import run_ranks
 from transnormer_hf import TransNormerConfig, TransNormerForCausalLM
@@ -34,6 +35,11 @@ TINY = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attent
 needs_fsdp2 = pytest.mark.skipif(
     "fsdp_version" not in FullyShardedDataParallelPlugin.__dataclass_fields__,
     reason="this accelerate is older than FSDP2 in it (1.6)",
+)
+
+can_resume_on_cpus = pytest.mark.skipif(
+    "map_location = self.args.device if" in inspect.getsource(Trainer._load_optimizer_and_scheduler),
+    reason='this transformers loads an optimizer to "cpu:0" on several CPU processes, which torch does not know',
 )
 
 
@@ -177,7 +183,7 @@ class Killer(TrainerCallback):
 @pytest.mark.parametrize(
     ("config", "variant", "file"),
     [
-        pytest.param("ddp.yaml", "t1", "optimizer.pt", id="ddp"),
+        pytest.param("ddp.yaml", "t1", "optimizer.pt", id="ddp", marks=can_resume_on_cpus),
         pytest.param("fsdp2.yaml", "t2", "scheduler.pt", id="fsdp2", marks=[needs_fsdp2, pytest.mark.slow]),
     ],
 )
