@@ -1030,8 +1030,8 @@ class TileSizes(NamedTuple):
 def tile_sizes(target: str, dtype: str, head_dim: int) -> TileSizes:
     """The table of tiles: as many places as the registers of the backward pass hold without spilling."""
     if dtype == "fp32":
-        return TileSizes(64, 64, 32) if target_family(target) == "amd" else TileSizes(32, 32, 16)
-    return TileSizes(64, 64, 32 if width_of(head_dim) <= 128 else 16)
+        return TileSizes(64, 64, 32 if target_family(target) == "amd" else 16)
+    return TileSizes(64, 64, 32 if width_of(head_dim) <= 64 else 16)
 
 
 def diag_plan(
