@@ -13,6 +13,7 @@ one token more after a context that the model has taken in.
 Nothing wrong is timed: each model is checked on a short input first (TransNormer against its definition in float64,
 forward and backward; causal or not, as it claims; decoding against the full forward), and every length is run once for
 finite results. Models take turns run by run (A B C A B C ...), so that a slow minute of the machine hits all of them.
+A run of many seconds is not warmed up for, and is repeated less often: as --max_seconds_per_cell allows.
 
 Peak memory is that of one run above what was held before it, so without the weights, and in training with their
 gradients. On a GPU it is torch's count of allocated bytes. On the CPU it is resident memory: each model and length gets
@@ -56,6 +57,7 @@ MAX_GROWING_CONTEXT = 16384  # a cache that grows is followed up to here
 CHECKED_LENGTH = 256  # divisible by what the models ask for: landmarks, blocks, windows
 PREFILL_CHUNK = 2048
 START_UP_SECONDS = 120  # of a process, imports included, on a busy machine
+WARM_SECONDS = 5  # a run that is longer needs no other before it
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -273,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         save()
     too_slow: dict[tuple[str, str], str] = {}
     for length in options.lengths:
+        timed = [row for row in rows if row["task"] in TASKS]
+        too_slow = too_slow_at(length, timed, options) | too_slow
         rows += print_rows(time_length(names, length, setting, options, deadline, too_slow))
         save()
     report["complete"] = True
@@ -567,8 +571,8 @@ def time_length(
 
     too_slow: (model, task) that took too long at a shorter length, with the reason; filled here.
     """
-    runs = 1 + options.repeats  # the first one warms up
     rows: dict[tuple[str, str], dict[str, Any]] = {}
+    turns: dict[tuple[str, str], range] = {}  # turn 0 is not timed
     planned = 0.0  # seconds
     ready: dict[str, tuple[PreTrainedModel, dict[str, torch.Tensor]]] = {}
     for name in names:
@@ -586,11 +590,14 @@ def time_length(
         for task in TASKS:
             row: dict[str, Any] = {"model": name, "task": task, "length": length, "batch_size": cell.batch_size}
             row |= found[task] if task in found else {"skipped": too_slow[name, task]}
-            needed = runs * row.pop("seconds", 0.0)
-            if "skipped" not in row and needed > options.max_seconds_per_cell:
+            one_run = row.pop("seconds", 0.0)
+            first = 0 if one_run < WARM_SECONDS else 1
+            affordable = int(options.max_seconds_per_cell / max(one_run, 1e-9))
+            turns[name, task] = range(first, min(1 + options.repeats, first + affordable))
+            needed = len(turns[name, task]) * one_run
+            if "skipped" not in row and turns[name, task].stop < 2:
                 row["skipped"] = (
-                    f"{runs} runs take about {needed:.0f} s, over --max_seconds_per_cell"
-                    f" {options.max_seconds_per_cell:g}"
+                    f"one run takes {one_run:.0f} s, over --max_seconds_per_cell {options.max_seconds_per_cell:g}"
                 )
             if "--max_seconds_per_cell" in row.get("skipped", ""):
                 row["skipped"] = too_slow.setdefault((name, task), f"{row['skipped']} (at length {length})")
@@ -604,8 +611,10 @@ def time_length(
                     ready[name] = build(EVERYTHING[name], setting, length), batch
 
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key, row in rows.items() if "skipped" not in row}
-    for turn in range(runs):
+    for turn in range(1 + options.repeats):
         for name, task in seconds:
+            if turn not in turns[name, task]:
+                continue
             taken, is_finite = run_once(task, *ready[name])
             if not is_finite:
                 raise SystemExit(f"{name}: {task} at length {length} is finite in one run and not in the next.")
@@ -614,6 +623,20 @@ def time_length(
     for key, taken_each in seconds.items():
         rows[key] |= summarize(taken_each, tokens=rows[key]["length"] * rows[key]["batch_size"])
     return list(rows.values())
+
+
+def too_slow_at(length: int, shorter: list[dict[str, Any]], options: argparse.Namespace) -> dict[tuple[str, str], str]:
+    """(model, task) to the reason not to try it: too slow even at the cost per token of a shorter length."""
+    reasons = {}
+    for row in shorter:
+        tokens = max(length, options.tokens_per_batch // length * length)
+        seconds = 1e-6 * tokens * row.get("microseconds_per_token", 0.0)
+        if seconds > options.max_seconds_per_cell:
+            reasons[row["model"], row["task"]] = (
+                f"at the cost per token of length {row['length']} a run takes {seconds:.0f} s,"
+                f" over --max_seconds_per_cell {options.max_seconds_per_cell:g}"
+            )
+    return reasons
 
 
 def time_decoding(
