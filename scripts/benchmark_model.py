@@ -260,7 +260,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "complete": False,
         "results": [],
     }
+    if options.resume:
+        report["results"] = read_results(options.output_dir / f"{stem}.json", report)
     rows = report["results"]
+    done = {(row["task"], row["length"]) for row in rows if "length" in row}
     deadline = time.monotonic() + 60 * options.max_minutes
 
     def save() -> None:  # after each length, so that a run that is cut off leaves what it has
@@ -269,13 +272,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     print(heading(report))
     names, skipped = check(options.models, setting)
-    rows += skipped
-    if not options.table7:
+    rows += [row for row in skipped if row not in rows]
+    if not options.table7 and not any(task == "decoding" for task, _ in done):
         rows += print_rows(time_decoding(names, setting, options, deadline))
         save()
     too_slow: dict[tuple[str, str], str] = {}
     for length in options.lengths:
-        timed = [row for row in rows if row["task"] in TASKS]
+        if (TASKS[0], length) in done:
+            continue
+        timed = [row for row in rows if row.get("task") in TASKS]
         too_slow = too_slow_at(length, timed, options) | too_slow
         rows += print_rows(time_length(names, length, setting, options, deadline, too_slow))
         save()
@@ -285,6 +290,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         plot(report, options.output_dir)
     print(f"\n{tables(report, options.table7)}\nreport: {options.output_dir / stem}.json, .md")
     return report
+
+
+def read_results(file: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run with these settings; none where there was no such run.
+
+    Raises SystemExit where the file is of other settings.
+    """
+    if not file.is_file():
+        return []
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    for name in report.keys() - {"complete", "results"}:
+        if earlier.get(name) != report[name]:
+            raise SystemExit(
+                f"--resume: {file} has {name}={earlier.get(name)!r}, this run {report[name]!r};"
+                " leave --resume out or choose another --output_dir."
+            )
+    return earlier["results"]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -302,6 +324,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_minutes", type=float, default=9.0, help="what does not fit into this is skipped")
     parser.add_argument("--table7", action="store_true", help="steps per second at 1K to 5K, in place of all else")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--resume", action="store_true", help="keep the lengths that the report in output_dir has")
     parser.add_argument("--quick", action="store_true", help="tiny models and lengths: to see that it runs")
     options = parser.parse_args(argv)
     known = TABLE7 if options.table7 else CONTENDERS
@@ -853,7 +876,8 @@ def paired(rows: list[dict[str, Any]], row: dict[str, Any], other: str) -> float
     """The median, over turns, of a row's time as a multiple of another model's in the same turn."""
     for candidate in rows:
         if (candidate["model"], candidate["task"], candidate["length"]) == (other, row["task"], row["length"]):
-            return statistics.median(a / b for a, b in zip(row["seconds"], candidate["seconds"], strict=True))
+            turns = zip(row["seconds"], candidate["seconds"], strict=False)  # a long run may have fewer of them
+            return statistics.median(a / b for a, b in turns)
     return None
 
 

@@ -200,3 +200,32 @@ def test_memory_is_that_of_a_process_of_its_own():
     assert short["training"]["peak_bytes"] < 0.5 * long["training"]["peak_bytes"]
     broken = benchmark_model.probe_alone(benchmark_model.Cell("nystromformer", 100, 1), setting, max_seconds=60.0)
     assert all("it raised" in found["skipped"] for found in broken.values())
+
+
+def test_resumed_run_keeps_what_it_has_and_times_the_rest(tmp_path):
+    few = ["--quick", "--models", "transnormer-t2,bert", "--contexts", "64", "--output_dir", str(tmp_path)]
+    first = benchmark_model.main([*few, "--lengths", "64"])
+    report = benchmark_model.main([*few, "--lengths", "64,128", "--resume"])
+    assert report["results"][: len(first["results"])] == first["results"]
+    assert len(report["results"]) == len(first["results"]) + 2 * 2
+    with pytest.raises(SystemExit, match="vocab_size=128, this run 64"):
+        benchmark_model.main([*few, "--lengths", "64", "--vocab_size", "64", "--resume"])
+
+
+def test_long_runs_are_repeated_less_often_and_hopeless_ones_not_tried(tmp_path, monkeypatch):
+    taken = {"transnormer-t2": 6.0, "llama": 40.0}  # seconds of one run at length 64
+
+    def run_once(task, model, batch):
+        length = batch["input_ids"].shape[1]
+        return taken["llama" if model.config.model_type == "llama" else "transnormer-t2"] * length / 64, True
+
+    monkeypatch.setattr(benchmark_model, "run_once", run_once)
+    arguments = ["--models", "transnormer-t2,llama", "--quick", "--lengths", "64,128", "--contexts", "16"]
+    arguments += ["--max_seconds_per_cell", "50", "--output_dir", str(tmp_path)]
+    rows = benchmark_model.main(arguments)["results"]
+    timed = {(row["model"], row["length"]): row for row in rows if row["task"] == "training"}
+    assert timed["transnormer-t2", 64]["seconds"] == [6.0] * 2
+    assert timed["llama", 64]["seconds"] == [40.0]
+    assert timed["transnormer-t2", 128]["seconds"] == [12.0] * 2
+    assert "at the cost per token of length 64 a run takes 80 s" in timed["llama", 128]["skipped"]
+    assert "| llama | 6.67 |" in (tmp_path / "benchmark_model.md").read_text()  # the turn that both have
