@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from benchmarking.reports import describe
+from transnormer_hf.glue import write_atomically
 from transnormer_hf.ops_transnormer import diag_attention, norm_attention
 
 try:
@@ -106,18 +108,12 @@ def main(arguments: list[str] | None = None) -> int:
                 report["results"] += rows
                 print_rows(rows)
                 if options.output:
-                    write_report(report, Path(options.output))
+                    write_atomically(options.output, json.dumps(report, indent=1) + "\n")
     if options.plot:
         plot(report, Path(options.plot))
     for path in filter(None, (options.output, options.plot)):
         print(f"written: {path}")
     return 0
-
-
-def write_report(report: dict[str, Any], path: Path) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    unfinished.replace(path)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -438,12 +434,6 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import benchmark_model
+from benchmarking import checks, contenders, runs
 from transnormer_hf import modeling_transnormer
 
 FEW = "transnormer-t2,t2-identity,llama,bert"
-SETTING = benchmark_model.Setting(benchmark_model.Size(64, 2, 2, 128), "cpu", torch.float32, 1)
+SETTING = runs.Setting(contenders.Size(64, 2, 2, 128), "cpu", torch.float32, 1)
 MEASURES = ("median_seconds", "steps_per_second", "tokens_per_second", "microseconds_per_token")
 
 
@@ -65,7 +66,7 @@ def test_state_is_of_constant_size_and_a_key_value_cache_is_not(tmp_path):
 
 def test_table7_gives_steps_per_second(tmp_path):
     report = benchmark_model.main(["--quick", "--table7", "--lengths", "128", "--output_dir", str(tmp_path)])
-    assert {row["model"] for row in report["results"]} == set(benchmark_model.TABLE7)
+    assert {row["model"] for row in report["results"]} == set(contenders.TABLE7)
     assert all(row["steps_per_second"] > 0 for row in report["results"])
     tables = (tmp_path / "table7.md").read_text()
     assert "Training, steps per second" in tables
@@ -92,12 +93,12 @@ def test_wrong_result_is_refused(name, monkeypatch, tmp_path):
 
 
 def test_wrong_gradient_is_refused(monkeypatch):
-    right = benchmark_model.IdentityOnValue.backward
+    right = contenders.IdentityOnValue.backward
     monkeypatch.setattr(
-        benchmark_model.IdentityOnValue, "backward", lambda ctx, gradient: tuple(0.9 * g for g in right(ctx, gradient))
+        contenders.IdentityOnValue, "backward", lambda ctx, gradient: tuple(0.9 * g for g in right(ctx, gradient))
     )
     with pytest.raises(SystemExit, match="gradients differ from the definition"):
-        benchmark_model.check([benchmark_model.FLOOR], SETTING)
+        checks.check([contenders.FLOOR], SETTING)
 
 
 def test_wrong_decoding_is_refused(monkeypatch):
@@ -109,14 +110,14 @@ def test_wrong_decoding_is_refused(monkeypatch):
 
     monkeypatch.setattr(modeling_transnormer.TransNormerNormAttention, "step", wrong)
     with pytest.raises(SystemExit, match="decoding differs from the full forward"):
-        benchmark_model.check(["transnormer-t2"], SETTING)
+        checks.check(["transnormer-t2"], SETTING)
 
 
 @pytest.mark.parametrize(("name", "claims"), [("bert", "causal"), ("llama", "bidirectional")])
 def test_peers_that_are_not_what_they_claim_are_left_out(name, claims, monkeypatch):
-    contender = benchmark_model.CONTENDERS[name]._replace(causal=claims == "causal", cache=None)
-    monkeypatch.setitem(benchmark_model.EVERYTHING, name, contender)
-    right, skipped = benchmark_model.check([name], SETTING)
+    contender = contenders.CONTENDERS[name]._replace(causal=claims == "causal", cache=None)
+    monkeypatch.setitem(contenders.EVERYTHING, name, contender)
+    right, skipped = checks.check([name], SETTING)
     assert not right
     assert f"it is meant to be {claims}" in skipped[0]["skipped"]
 
@@ -131,7 +132,7 @@ def test_skipped_cells_are_listed_with_the_reason(tmp_path, monkeypatch):
         "--output_dir",
         str(tmp_path),
     ]
-    real = benchmark_model.probe
+    real = runs.probe
 
     def probe(cell, setting):  # as if llama became slow
         for task, found in real(cell, setting):
@@ -189,16 +190,15 @@ def test_wrong_arguments_are_named(arguments, message, capsys):
 @pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own():
     """The peak grows with the length, and a process that is too slow is ended and says so."""
-    size = benchmark_model.Size(128, 2, 2, 4096)
+    size = contenders.Size(128, 2, 2, 4096)
     setting = SETTING._replace(size=size)
     short, long = (
-        benchmark_model.probe_alone(benchmark_model.Cell("transnormer-t2", length, 1), setting, max_seconds=60.0)
-        for length in (1024, 4096)
+        runs.probe_alone(runs.Cell("transnormer-t2", length, 1), setting, max_seconds=60.0) for length in (1024, 4096)
     )
     logits_bytes = 4 * 4096 * 4096
     assert logits_bytes <= long["inference"]["peak_bytes"] < long["training"]["peak_bytes"]
     assert short["training"]["peak_bytes"] < 0.5 * long["training"]["peak_bytes"]
-    broken = benchmark_model.probe_alone(benchmark_model.Cell("nystromformer", 100, 1), setting, max_seconds=60.0)
+    broken = runs.probe_alone(runs.Cell("nystromformer", 100, 1), setting, max_seconds=60.0)
     assert all("it raised" in found["skipped"] for found in broken.values())
 
 
@@ -219,7 +219,8 @@ def test_long_runs_are_repeated_less_often_and_hopeless_ones_not_tried(tmp_path,
         length = batch["input_ids"].shape[1]
         return taken["llama" if model.config.model_type == "llama" else "transnormer-t2"] * length / 64, True
 
-    monkeypatch.setattr(benchmark_model, "run_once", run_once)
+    for module in (benchmark_model, runs):
+        monkeypatch.setattr(module, "run_once", run_once)
     arguments = ["--models", "transnormer-t2,llama", "--quick", "--lengths", "64,128", "--contexts", "16"]
     arguments += ["--max_seconds_per_cell", "50", "--output_dir", str(tmp_path)]
     rows = benchmark_model.main(arguments)["results"]

@@ -1,0 +1,1 @@
+"""Parts of benchmark_model.py and benchmark_ops.py."""

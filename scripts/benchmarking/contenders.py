@@ -1,0 +1,178 @@
+"""The models that benchmark_model.py times, all of one size, with random weights and without dropout."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from transnormer_hf import TransNormerConfig
+from transnormer_hf.baselines import baseline_config
+from transnormer_hf.modeling_transnormer import TransNormerAttention
+
+MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Size(NamedTuple):
+    hidden_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    vocab_size: int = 8192
+
+
+class Contender(NamedTuple):
+    """A model to time.
+
+    build: size and length to the model with random weights.
+    define: turns a copy of the model into its definition, in place; None where transformers answers for it.
+    cache: what decoding carries along, "constant" or "grows"; None for models that do not decode.
+    prefills_in_chunks: whether a prompt may come in several pieces at full speed.
+    """
+
+    build: Callable[[Size, int], PreTrainedModel]
+    causal: bool = False
+    define: Callable[[PreTrainedModel], None] | None = None
+    cache: str | None = None
+    prefills_in_chunks: bool = True
+
+
+def transnormer_config(size: Size, length: int, variant: str, causal: bool) -> TransNormerConfig:
+    """The paper's causal or bidirectional model at this size."""
+    preset = MODEL_CARDS / f"transnormer-{variant}-{'wikitext103' if causal else 'base'}"
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return AutoConfig.from_pretrained(preset, **size._asdict(), max_position_embeddings=length, **no_dropout)
+
+
+def build_transnormer(
+    size: Size, length: int, variant: str, causal: bool, attend: Attend | None = None
+) -> PreTrainedModel:
+    """TransNormer, its attention replaced where `attend` is given."""
+    config = transnormer_config(size, length, variant, causal)
+    model = (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_config(config)
+    if attend is not None:
+        replace_attention(model, attend)
+    return model
+
+
+def build_rival(size: Size, length: int, mixer: str) -> PreTrainedModel:
+    config = baseline_config(transnormer_config(size, length, "t2", causal=False), mixer)
+    return AutoModelForMaskedLM.from_config(config)
+
+
+def replace_attention(model: PreTrainedModel, attend: Attend) -> None:
+    """Put a function of (batch, heads, seq, head_dim) queries, keys and values in the place of every attention."""
+    for module in model.modules():
+        if isinstance(module, TransNormerAttention):
+            # an instance's own attribute goes before the method of its class
+            module.__dict__["attend"] = lambda query, key, value, *_: attend(query, key, value)
+
+
+def use_definition(model: PreTrainedModel) -> None:
+    model.config.backend = "eager"
+
+
+def build_peer(size: Size, length: int, model_type: str, causal: bool) -> PreTrainedModel:
+    """A stock model of transformers at this size, with positions for `length` tokens."""
+    width, layers, heads, _ = size
+    gated, plain = int(8 / 3 * width), 4 * width  # the same number of weights
+    dropout_fields = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
+    fields: dict[str, Any] = {
+        **size._asdict(),
+        "max_position_embeddings": length,
+        **({} if causal else {"intermediate_size": plain}),
+    }
+    if model_type == "llama":
+        fields |= {"intermediate_size": gated, "num_key_value_heads": heads}
+    elif model_type == "minimax":
+        # every layer linear; one expert, whose products ask for a width that is a multiple of 16
+        fields |= {"intermediate_size": -(-gated // 16) * 16, "num_key_value_heads": heads, "head_dim": width // heads}
+        fields |= {"layer_types": ["linear_attention"] * layers, "num_local_experts": 1, "num_experts_per_tok": 1}
+    elif model_type == "nystromformer":
+        fields |= {"segment_means_seq_len": length}  # left at its default it is the number of landmarks: full attention
+    elif model_type == "longformer":
+        fields |= {"attention_window": min(512, length), "max_position_embeddings": length + 2}
+    elif model_type == "reformer":
+        del fields["num_hidden_layers"]
+        fields |= {"attn_layers": [("local", "lsh")[index % 2] for index in range(layers)], "hash_seed": 0}
+        fields |= {"feed_forward_size": plain, "attention_head_size": width // heads, "axial_pos_embds": False}
+        dropout_fields = [
+            "hidden_dropout_prob",
+            *(f"{layer}_attention_probs_dropout_prob" for layer in ("local", "lsh")),
+        ]
+    if not causal:
+        fields |= dict.fromkeys(dropout_fields, 0.0)
+    config = AutoConfig.for_model(model_type, pad_token_id=1, bos_token_id=0, eos_token_id=2, **fields)
+    return (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_config(config)
+
+
+# What takes the place of an attention where a step without it is timed.
+
+
+class IdentityOnValue(torch.autograd.Function):
+    """The values, as they are. Queries and keys get gradients of zero, so that their projections still cost what they
+    do: what is left of a step is all but the attention itself."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        zeros = torch.zeros_like(gradient)
+        return zeros, zeros, gradient
+
+
+def identity_on_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return IdentityOnValue.apply(query, key, value)
+
+
+def transnormer(variant: str, causal: bool) -> Contender:
+    build = functools.partial(build_transnormer, variant=variant, causal=causal)
+    return Contender(build, causal, use_definition, "constant" if causal else None)
+
+
+def peer(model_type: str, causal: bool = False, cache: str | None = None, **options: Any) -> Contender:
+    return Contender(
+        functools.partial(build_peer, model_type=model_type, causal=causal), causal, None, cache, **options
+    )
+
+
+def t2_without_attention() -> Contender:
+    """Causal T2 with the values, as they are, in the place of what attention makes of them."""
+    build = functools.partial(build_transnormer, variant="t2", causal=True, attend=identity_on_value)
+    return Contender(build, True, functools.partial(replace_attention, attend=lambda query, key, value: value))
+
+
+def in_one_backbone(mixer: str) -> Contender:
+    """Bidirectional T2 with a rival in every layer, and neither LRPE nor a norm around that."""
+    return Contender(functools.partial(build_rival, mixer=mixer), define=use_definition)
+
+
+FLOOR = "t2-identity"
+# The order is that of the turns, and where time runs out, what comes last is left out.
+CONTENDERS = {
+    "transnormer-t2": transnormer("t2", causal=True),
+    FLOOR: t2_without_attention(),
+    "llama": peer("llama", causal=True, cache="grows"),
+    "minimax": peer("minimax", causal=True, cache="constant", prefills_in_chunks=False),
+    "transnormer-t2-bidirectional": transnormer("t2", causal=False),
+    "bert": peer("bert"),
+    "transnormer-t1": transnormer("t1", causal=True),
+    "transnormer-t1-bidirectional": transnormer("t1", causal=False),
+    "nystromformer": peer("nystromformer"),
+    "big_bird": peer("big_bird"),
+    "longformer": peer("longformer"),
+    "reformer": peer("reformer"),
+}
+TABLE7 = {
+    "vanilla": in_one_backbone("softmax"),
+    "1+elu": in_one_backbone("1+elu"),
+    "performer": in_one_backbone("performer"),
+    "transnormer-t1-bidirectional": CONTENDERS["transnormer-t1-bidirectional"],
+    "transnormer-t2-bidirectional": CONTENDERS["transnormer-t2-bidirectional"],
+}
+EVERYTHING = CONTENDERS | TABLE7

@@ -1,0 +1,187 @@
+"""One run of a model, its time and its peak memory."""
+
+import contextlib
+import multiprocessing
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from .contenders import EVERYTHING, Contender, Size
+
+TASKS = ("inference", "training")  # in this order: the peak of training hides none of inference
+START_UP_SECONDS = 120  # of a process, imports included, on a busy machine
+
+
+class Cell(NamedTuple):
+    """One model at one length, and what is to be run of it."""
+
+    name: str
+    length: int
+    batch_size: int
+    tasks: tuple[str, ...] = TASKS
+
+
+class Setting(NamedTuple):
+    """What all cells have in common; goes to the processes that measure memory."""
+
+    size: Size
+    device: str
+    dtype: torch.dtype
+    num_threads: int
+
+
+def build(contender: Contender, setting: Setting, length: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return contender.build(setting.size, length).to(setting.device, setting.dtype)
+
+
+def make_batch(setting: Setting, length: int, batch_size: int) -> dict[str, torch.Tensor]:
+    """Random tokens (batch, seq), special ones left out, and all of them as labels."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, setting.size.vocab_size, (batch_size, length), generator=generator).to(setting.device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def train(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """One training step; gradients stay in the model."""
+    loss = model(**batch, **without_cache(model)).loss
+    loss.backward()
+    return loss.detach()
+
+
+def infer(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(batch["input_ids"], **without_cache(model)).logits
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Keeps causal models from making the cache that only decoding needs."""
+    return {"use_cache": False} if model.can_generate() else {}
+
+
+RUNS: dict[str, Callable[[PreTrainedModel, dict[str, torch.Tensor]], torch.Tensor]] = {
+    "inference": infer,
+    "training": train,
+}
+
+
+def run_once(task: str, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[float, bool]:
+    """Seconds of one run, and whether its result is finite."""
+    model.train(task == "training")
+    synchronize(batch["input_ids"].device)
+    begin = time.perf_counter()
+    result = RUNS[task](model, batch)
+    synchronize(batch["input_ids"].device)
+    seconds = time.perf_counter() - begin
+    is_finite = bool(result.isfinite().all())
+    model.zero_grad()
+    return seconds, is_finite
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def prefill(model: PreTrainedModel, cache: Any, ids: torch.Tensor) -> Any:
+    """The cache, or a new one, after it has taken in more tokens (batch, seq)."""
+    with torch.inference_mode():
+        return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+# Peak memory and a first estimate of the time, of a cell on its own
+
+
+def probe(cell: Cell, setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(task, its peak memory and the seconds of its first run, or why it was skipped) for each task in turn."""
+    torch.set_num_threads(setting.num_threads)
+    device = torch.device(setting.device)
+    model = None
+    for task in cell.tasks:
+        try:
+            if model is None:
+                model = build(EVERYTHING[cell.name], setting, cell.length)
+                batch = make_batch(setting, cell.length, cell.batch_size)
+                threads_started = torch.randn(256, 256) @ torch.randn(256, 256)  # their stacks are no part of the peak
+                del threads_started
+            before = start_of_peak(device)
+            seconds, is_finite = run_once(task, model, batch)
+            found = {"seconds": seconds, "peak_bytes": max(0, peak_bytes(device) - before)}
+            yield task, found if is_finite else {"skipped": "its result is not finite"}
+        except torch.OutOfMemoryError:
+            yield task, {"skipped": "out of memory"}
+        except Exception as error:  # whatever a model may raise at a length it does not take
+            yield task, {"skipped": f"it raised {type(error).__name__}: {first_line(error)}"}
+
+
+def probe_alone(cell: Cell, setting: Setting, max_seconds: float) -> dict[str, dict[str, Any]]:
+    """`probe` in a process of its own, so that memory is that of the cell, and running out of it ends no more."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transnormer_hf", "transnormer_hf.glue"])  # imported once for all of them
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_probe, args=(sender, cell, setting), daemon=True)
+    process.start()
+    sender.close()
+    found: dict[str, dict[str, Any]] = {}
+    reason = ""
+    allowed = max_seconds + START_UP_SECONDS
+    while len(found) < len(cell.tasks):
+        if not receiver.poll(allowed):
+            reason = f"one run takes more than --max_seconds_per_cell {max_seconds:g}"
+            process.kill()
+            break
+        try:
+            task, result = receiver.recv()
+        except EOFError:
+            process.join()
+            # the system ends a process that takes too much memory
+            reason = "out of memory" if process.exitcode == -9 else f"its process ended with code {process.exitcode}"
+            break
+        found[task] = result
+        allowed = max_seconds
+    process.join()
+    receiver.close()
+    return {task: found.get(task, {"skipped": reason}) for task in cell.tasks}
+
+
+def send_probe(sender: Any, cell: Cell, setting: Setting) -> None:
+    transformers.utils.logging.set_verbosity_error()
+    for result in probe(cell, setting):
+        sender.send(result)
+    sender.close()
+
+
+def start_of_peak(device: torch.device) -> int:
+    """Forget earlier peaks where that can be done, and return the bytes held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    if platform.system() != "Linux":
+        return peak_bytes(device)
+    with contextlib.suppress(OSError):  # not allowed everywhere
+        Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if platform.system() != "Linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    return resident_bytes("VmHWM")
+
+
+def resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
