@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from transnormer_hf import diag_autograd_transnormer, diag_kernels_transnormer
+from transnormer_hf import diag_autograd_transnormer, diag_kernels_transnormer, diag_tiles_transnormer
 from transnormer_hf.diag_autograd_transnormer import diag_attention_backward, diag_attention_forward
 from transnormer_hf.diag_kernels_transnormer import TileSizes
 from transnormer_hf.features_transnormer import LRPE, TokenLayout, token_layout
@@ -196,7 +196,7 @@ def test_packed_sequences(cu_seqlens):
 
 
 def test_more_packed_sequences_than_are_searched_at_once(monkeypatch):
-    monkeypatch.setattr(diag_kernels_transnormer, "SEQUENCES_AT_ONCE", tl.constexpr(4))
+    monkeypatch.setattr(diag_tiles_transnormer, "SEQUENCES_AT_ONCE", tl.constexpr(4))
     inputs, lrpe = make_inputs(1, 1, 20, 16)
     layout = layout_of(inputs, cu_seqlens=[0, 3, 3, 3, 3, 3, 3, 5, 6, 17, 17])
     assert_equals_definition(inputs, lrpe, layout=layout, block_size=8)

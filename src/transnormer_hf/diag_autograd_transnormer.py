@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 
+from .diag_backward_kernels_transnormer import (
+    diag_split_backward_kernel,
+    diag_tile_backward_kernel,
+)
+from .diag_forward_kernels_transnormer import (
+    diag_split_forward_kernel,
+    diag_table_kernel,
+    diag_tile_forward_kernel,
+)
 from .diag_kernels_transnormer import (
     TABLE_TILE,
     diag_plan,
-    diag_split_backward_kernel,
-    diag_split_forward_kernel,
-    diag_table_kernel,
-    diag_tile_backward_kernel,
-    diag_tile_forward_kernel,
     kernel_constants,
     launch_options,
     tile_sizes,
