@@ -7,8 +7,11 @@ target, dtype, head_dim and variant the report has the registers, the bytes of s
 whether the matrix products run on tensor cores (matrix cores on AMD). The exit status is 1 where a configuration spills
 registers, needs more shared memory than the target has, or does not compile.
 
-All of it takes hours of one core. The report is written as it grows, and `--resume` compiles only what the report at
-`--output` lacks or what has changed since, so a run may be interrupted, or be made in parts with `--kernels`.
+Every row of the tables of configurations is compiled for each power of two that heads are padded to, in the variant of
+the kernel that takes the most registers, and for the two head_dims that are used most in the plainer ones too. That
+takes about a quarter of an hour of one core for a target. The report is written as it grows, and `--resume` compiles
+only what the report at `--output` lacks or what has changed since, so a run may be interrupted, or be made in parts
+with `--kernels`. `--summary` sums all of the report up in a page of Markdown.
 """
 
 import argparse
@@ -40,7 +43,11 @@ from transnormer_hf.triton_features_transnormer import KernelSpec, compile_argum
 
 KERNELS: list[KernelSpec] = [*norm_kernels_transnormer.KERNELS, *diag_kernels_transnormer.KERNELS]
 DTYPES = ("bf16", "fp16", "fp32")
-HEAD_DIMS = (16, 32, 64, 128, 256)
+# One for each power of two that head_dim is padded to. Where it is padded, masks are added to what the power of two
+# itself would take; the two that are used most are also compiled as they are, in all variants.
+HEAD_DIMS = (8, 24, 40, 64, 96, 128, 200)
+ALL_VARIANTS = (64, 128)
+TILE_SIZES = ("BLOCK_T", "PARTS", "TILE", "CHUNK", "BLOCK_ROWS", "BLOCK_WIDTH")  # constexprs that a table sets
 
 
 class Target(NamedTuple):
@@ -79,7 +86,9 @@ class Job(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    jobs = list(list_jobs(options.targets, options.dtypes, options.head_dims, options.kernels, options.variants))
+    jobs = list(
+        list_jobs(options.targets, options.dtypes, options.head_dims, options.kernels, options.variants, options.quick)
+    )
     if not jobs:
         raise SystemExit("No kernel matches --kernels, --variants, --dtypes and --head_dims.")
     output = Path(options.output)
@@ -100,11 +109,13 @@ def main(arguments: list[str] | None = None) -> int:
             failures += [f"{name}: {problem}" for problem in problems(row)]
             show_progress(done, len(jobs), job, len(failures))
             write_report(output, list(known.values()))
+    if options.summary:
+        write_whole(Path(options.summary), summary(list(known.values())))
     print_table(rows)
-    spilled, shared = (max(row[column] or 0 for row in rows) for column in ("spill_bytes", "shared_bytes"))
+    _, spilled, shared = most(rows)
     print(
         f"{len(rows)} kernels compiled in {time.monotonic() - started:.0f} s, {len(failures)} problems; "
-        f"at most {spilled} bytes spilled, {shared / KIB:.1f} KiB shared; report: {options.output}"
+        f"at most {spilled} bytes spilled, {shared:.1f} KiB shared; report: {options.output}"
     )
     for failure in failures:
         print(f"  {failure}")
@@ -122,8 +133,12 @@ def read_report(path: Path) -> list[dict[str, Any]]:
 
 
 def write_report(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_whole(path, json.dumps({"kernels": rows}, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps({"kernels": rows}, indent=1) + "\n")
+    unfinished.write_text(text)
     unfinished.replace(path)
 
 
@@ -135,6 +150,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head_dims", default=",".join(map(str, HEAD_DIMS)), help="multiples of 8 from 8 to 256")
     parser.add_argument("--kernels", default="", help="compile only the kernels whose name contains this")
     parser.add_argument("--variants", default="", help="compile only the variants whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="compile only the variant that takes the most registers")
+    parser.add_argument("--summary", help="where a page of Markdown about the whole report goes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile at the same time")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the report at --output that still hold")
     options = parser.parse_args(arguments)
@@ -144,8 +161,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options.dtypes = choose(parser, "--dtypes", options.dtypes, DTYPES)
     head_dims = choose(parser, "--head_dims", options.head_dims, tuple(str(dim) for dim in range(8, 257, 8)))
     options.head_dims = [int(head_dim) for head_dim in head_dims]
-    if not Path(options.output).absolute().parent.is_dir():
-        parser.error(f"--output={options.output}: its folder does not exist; create it first.")
+    for name in ("output", "summary"):
+        path = getattr(options, name)
+        if path and not Path(path).absolute().parent.is_dir():
+            parser.error(f"--{name}={path}: its folder does not exist; create it first.")
     return options
 
 
@@ -161,17 +180,25 @@ def choose(parser: argparse.ArgumentParser, name: str, given: str, choices: tupl
 
 
 def list_jobs(
-    targets: list[str], dtypes: list[str], head_dims: list[int], kernels: str = "", variants: str = ""
+    targets: list[str],
+    dtypes: list[str],
+    head_dims: list[int],
+    kernels: str = "",
+    variants: str = "",
+    quick: bool = False,
 ) -> Iterator[Job]:
+    """What is asked for. A kernel lists its variants so that the last one takes the most registers."""
     for spec in KERNELS:
         if kernels not in spec.name:
             continue
         for target in targets:
             for dtype in dtypes:
                 for head_dim in head_dims:
-                    for variant in spec.variants(target, dtype, head_dim):
-                        if variants in variant.name:
-                            yield Job(spec.name, target, dtype, head_dim, variant.name)
+                    listed = [v.name for v in spec.variants(target, dtype, head_dim) if variants in v.name]
+                    if quick or head_dim not in ALL_VARIANTS:
+                        listed = listed[-1:]
+                    for variant in listed:
+                        yield Job(spec.name, target, dtype, head_dim, variant)
 
 
 def compile_job(job: Job, known: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -183,7 +210,11 @@ def compile_job(job: Job, known: dict[str, Any] | None = None) -> dict[str, Any]
     row: dict[str, Any] = {
         "kernel": job.kernel,
         "target": job.target,
-        "config": {"variant": job.variant, **variant.options},
+        "config": {
+            "variant": job.variant,
+            **variant.options,
+            **{name: variant.constexprs[name] for name in TILE_SIZES if name in variant.constexprs},
+        },
         "dtype": job.dtype,
         "head_dim": job.head_dim,
         "registers": None,
@@ -268,6 +299,54 @@ def show_progress(done: int, total: int, job: Job, failures: int) -> None:
     print(f"{line:<110}", end=end, file=sys.stderr, flush=True)
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A page of Markdown: one table of the targets, and one of the kernels with a column for each target."""
+    targets = [target for target in TARGETS if any(row["target"] == target for row in rows)]
+    lines = [
+        "# What the kernels take",
+        "",
+        f"Written by `scripts/compile_kernels.py --summary` with triton {triton.__version__}, without a GPU.",
+        "",
+        "| target | compiled | problems | registers | bytes spilled | shared KiB | without matrix units | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for target in targets:
+        group = [row for row in rows if row["target"] == target]
+        failed = sum(bool(problems(row)) for row in group)
+        slow = sum(row["has_dot"] and not row["tensor_core"] for row in group)
+        registers, spills, shared = most(group)
+        seconds = sum(row["seconds"] for row in group)
+        lines.append(
+            f"| {target} | {len(group)} | {failed} | {registers} | {spills} | {shared:.1f} | {slow} | {seconds:.0f} |"
+        )
+    lines += [
+        "",
+        "Below, the most of any configuration and head_dim: registers of a thread / bytes spilled / shared KiB.",
+        "",
+        f"| kernel | dtype | {' | '.join(targets)} |",
+        "|---|---|" + "---|" * len(targets),
+    ]
+    for kernel, dtype in dict.fromkeys((row["kernel"], row["dtype"]) for row in rows):
+        cells = []
+        for target in targets:
+            key = (kernel, dtype, target)
+            group = [row for row in rows if (row["kernel"], row["dtype"], row["target"]) == key]
+            registers, spills, shared = most(group)
+            cells.append(f"{registers} / {spills} / {shared:.1f}" if group else "not compiled")
+        lines.append(f"| {kernel} | {dtype} | {' | '.join(cells)} |")
+    head_dims = ", ".join(str(head_dim) for head_dim in sorted({row["head_dim"] for row in rows}))
+    lines += ["", f"head_dims compiled: {head_dims}."]
+    return "\n".join(lines) + "\n"
+
+
+def most(rows: list[dict[str, Any]]) -> tuple[int, int, float]:
+    """The most registers, bytes spilled and KiB of shared memory of any row."""
+    registers, spills, shared = (
+        max((row[column] or 0 for row in rows), default=0) for column in ("registers", "spill_bytes", "shared_bytes")
+    )
+    return registers, spills, shared / KIB
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
     """One line per kernel, target, dtype and head_dim: the worst over the variants."""
     columns = "{:<26}{:<8}{:<6}{:>4}{:>9}{:>10}{:>8}{:>11}  {}"
@@ -276,16 +355,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         groups.setdefault((row["kernel"], row["target"], row["dtype"], row["head_dim"]), []).append(row)
     for key, group in groups.items():
-        registers, spills, shared = (
-            max((row[column] or 0) for row in group) for column in ("registers", "spill_bytes", "shared_bytes")
-        )
+        registers, spills, shared = most(group)
         cores = "yes" if all(row["tensor_core"] for row in group if row["has_dot"]) else "no"
         if not any(row["has_dot"] for row in group):
             cores = "no product"
         failed = sum("error" in row for row in group)
         if failed:
             cores += f", {failed} do not compile"
-        print(columns.format(*key, len(group), registers, spills, f"{shared / KIB:.1f}", cores))
+        print(columns.format(*key, len(group), registers, spills, f"{shared:.1f}", cores))
 
 
 if __name__ == "__main__":

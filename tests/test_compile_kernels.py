@@ -53,7 +53,9 @@ def test_subset_for_all_default_targets(tmp_path, kernel, variant):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_everything_that_ships(tmp_path, target, dtype):
-    process, rows = report_of(tmp_path, "--targets", target, "--dtypes", dtype)
+    """Every row of the tables, in the variant that takes the most registers: half an hour of one core in all."""
+    process, rows = report_of(tmp_path, "--targets", target, "--dtypes", dtype, "--head_dims", "64,128,200", "--quick")
+    assert {row["kernel"] for row in rows} == {spec.name for spec in compile_kernels.KERNELS}
     assert process.returncode == 0, process.stdout[-3000:]
     assert all(row["tensor_core"] for row in rows if row["has_dot"])
 
@@ -63,6 +65,37 @@ def test_every_kernel_is_listed():
     jobs = list(compile_kernels.list_jobs(["sm_80", "sm_90"], ["bf16"], [64, 256]))
     assert {job.kernel for job in jobs} == {spec.name for spec in compile_kernels.KERNELS}
     assert len(set(jobs)) == len(jobs)
+
+
+def test_quick_is_the_last_variant_of_each():
+    every, quick = (list(compile_kernels.list_jobs(["sm_80"], ["bf16"], [64], quick=quick)) for quick in (False, True))
+    assert len({(job.kernel, job.head_dim) for job in quick}) == len(quick) < len(every)
+    last = {job.kernel: job for job in every}
+    assert quick == list(last.values())
+
+
+def test_strides_of_odd_heads_are_not_taken_as_aligned():
+    """A head of 40 channels begins at a multiple of 8 elements only."""
+    spec = next(spec for spec in compile_kernels.KERNELS if spec.name == "norm_scan")
+    for head_dim, aligned in ((40, False), (64, True)):
+        variant = next(spec.variants("sm_80", "bf16", head_dim))
+        found = compile_kernels.compile_arguments(spec, variant).attrs
+        strides = [index for index, name in enumerate(spec.function.arg_names) if name.endswith("head_stride")]
+        assert strides
+        assert all((((index,) in found) is aligned) for index in strides)
+
+
+def test_summary_has_the_worst_of_each():
+    rows = [
+        {**ROW, "seconds": 1.0},
+        {**ROW, "registers": 255, "spill_bytes": 8, "seconds": 2.0},
+        {**ROW, "target": "sm_90", "dtype": "fp32", "tensor_core": False, "seconds": 4.0},
+    ]
+    lines = compile_kernels.summary(rows).splitlines()
+    assert "| sm_86 | 2 | 1 | 255 | 8 | 8.0 | 0 | 3 |" in lines
+    assert "| sm_90 | 1 | 0 | 128 | 0 | 8.0 | 1 | 4 |" in lines
+    assert "| diag_tile_forward | bf16 | 255 / 8 / 8.0 | not compiled |" in lines
+    assert "| diag_tile_forward | fp32 | not compiled | 128 / 0 / 8.0 |" in lines
 
 
 def test_problems():
@@ -150,6 +183,7 @@ def test_amd_metadata():
         (["--head_dims", "12"], ["12", "8", "256"]),
         (["--jobs", "0"], ["--jobs=0", "at least 1"]),
         (["--output", "/nowhere/report.json"], ["/nowhere", "create it first"]),
+        (["--summary", "/nowhere/report.md"], ["--summary=/nowhere", "create it first"]),
     ],
 )
 def test_wrong_arguments_say_what_works(arguments, words, capsys):
