@@ -34,7 +34,7 @@ def in_segments(monkeypatch):
     def set_segments(segments):
         monkeypatch.setattr(norm_autograd_transnormer, "segments_per_sequence", lambda *key: segments)
         monkeypatch.setattr(norm_autograd_transnormer, "SEGMENT_MULTIPLE", 16)
-        monkeypatch.setattr(norm_autograd_transnormer, "SHORT_LENGTH", 0)
+        monkeypatch.setattr(norm_autograd_transnormer, "is_short", lambda *key: False)
 
     return set_segments
 
@@ -134,6 +134,32 @@ def test_head_dims(head_dim, causal, feature_map, in_segments):
     in_segments(2)
     inputs, lrpe = make_inputs(1, 1, 40, head_dim)
     assert_equals_definition(inputs, lrpe, causal=causal, feature_map=feature_map)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("kernels", ["short", "bidirectional", "causal"])
+def test_state_in_parts(kernels, parts, monkeypatch, in_segments):
+    """However many blocks of columns hold the state; 40 channels fill the last one in part, or not at all."""
+    if kernels != "short":
+        in_segments(2)
+    options = {"BLOCK_T": 16, "num_warps": 4, "num_stages": 1, "PARTS": parts}
+    monkeypatch.setattr(norm_autograd_transnormer, "launch_options", lambda *key: options)
+    inputs, lrpe = make_inputs(2, 1, 40, 40)
+    mask = torch.tensor([[0] * 3 + [1] * 37, [1] * 30 + [0] * 10])
+    assert_equals_definition(
+        inputs,
+        lrpe,
+        causal=kernels == "causal",
+        layout=token_layout(2, 40, torch.device("cpu"), attention_mask=mask),
+        state=torch.randn(2, 1, 40, 40),
+        return_state=True,
+    )
+
+
+def test_wide_heads_in_float16():
+    """They have no kernel of one launch, however short they are."""
+    inputs, lrpe = make_inputs(1, 1, 20, 72, torch.float16)
+    assert_equals_definition(inputs, lrpe)
 
 
 @pytest.mark.slow

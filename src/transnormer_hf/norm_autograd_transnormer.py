@@ -23,8 +23,8 @@ from .norm_causal_kernels_transnormer import (
 )
 from .norm_kernels_transnormer import (
     SEGMENT_MULTIPLE,
-    SHORT_LENGTH,
     gradients_together,
+    is_short,
     kernel_constants,
     launch_options,
     segments_per_sequence,
@@ -263,14 +263,14 @@ def norm_attention_backward(
         initial_state = initial_state.contiguous()
         initial_grad = new_empty((shapes.num_states, heads, head_dim, value_dim), query, torch.float32)
     together = not causal or gradients_together(ELEMENT_TYPES[query.dtype], head_dim, value_dim)
-    parts = 1 if together else 2  # programs of a segment
     scratch = None
     if not shapes.short and (not causal or shapes.partial_rows):
         scratch = new_empty((shapes.programs, heads, head_dim, value_dim), query, torch.float32)
     theta_parts = None
     if theta is not None:
         launches = 1 if causal or shapes.short else 2
-        theta_parts = new_empty((launches, parts * shapes.programs, heads, head_dim // 2), query, torch.float32)
+        rows = shapes.programs * (1 if together else 2)
+        theta_parts = new_empty((launches, rows, heads, head_dim // 2), query, torch.float32)
     launch = _Launch(query, value, positions, is_real, cu_seqlens, theta, householder, feature_map, shapes)
     everything = {
         "query": query,
@@ -315,7 +315,7 @@ def norm_attention_backward(
                 "initial_grad": initial_grad,
                 "theta_grad": None if theta_parts is None else theta_parts[0],
             },
-            grid=(parts * shapes.programs, heads),
+            grid=(shapes.programs * (1 if together else 3), heads),
             TOGETHER=together,
         )
     else:
@@ -494,8 +494,9 @@ def _shapes(
     return_state: bool,
 ) -> _Shapes:
     batch, heads, seq_len, head_dim = query.shape
-    short = not causal and cu_seqlens is None and seq_len <= SHORT_LENGTH
-    segments = 1 if short else segments_per_sequence(batch * heads, seq_len, max(head_dim, value.shape[-1]))
+    value_dim = value.shape[-1]
+    short = not causal and cu_seqlens is None and is_short(ELEMENT_TYPES[query.dtype], head_dim, value_dim, seq_len)
+    segments = 1 if short else segments_per_sequence(batch * heads, seq_len, max(head_dim, value_dim))
     num_states, programs = batch, batch * segments
     if cu_seqlens is not None:
         # each sequence, one of no tokens too, has at least one segment
@@ -560,7 +561,7 @@ class _Launch:
         """tensors are (batch, heads, seq, head_dim) and bring their strides, pointers are taken as they are."""
         head_dim, value_dim = self.constants["HEAD_DIM"], self.constants["VALUE_DIM"]
         options = launch_options(name, target_of(self.query), ELEMENT_TYPES[self.query.dtype], head_dim, value_dim)
-        arguments = self.arguments | self.constants | constants | {"BLOCK_T": options["BLOCK_T"]}
+        arguments = self.arguments | self.constants | constants | options
         arguments |= {f"{pointer}_ptr": tensor for pointer, tensor in pointers.items()}
         for tensor_name, tensor in tensors.items():
             arguments[f"{tensor_name}_ptr"] = tensor

@@ -141,7 +141,7 @@ def norm_attention_traffic(
     """Bytes that forward and backward read from and write to device memory, counted from the kernels' grids and tiles.
 
     Per kernel, everything it touches is counted once: what several of its programs read (the partials of a sequence,
-    the mask and positions that all heads share, and q, k, v, do where a segment has two programs side by side) comes
+    the mask and positions that all heads share, and q, k, v, do where a segment has programs side by side) comes
     from the cache after the first. With U = batch · heads · seq · head_dim elements, S segments of a sequence, and a
     state of head_dim^2 float32 for each head:
 
@@ -164,8 +164,8 @@ def norm_attention_traffic(
     """
     unit = batch_size * num_heads * seq_len * head_dim * {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
     state = batch_size * num_heads * head_dim * head_dim * 4
-    is_short = not causal and seq_len <= SHORT_LENGTH
-    segments = 1 if is_short else segments_per_sequence(batch_size * num_heads, seq_len, head_dim)
+    short = not causal and is_short(dtype, head_dim, head_dim, seq_len)
+    segments = 1 if short else segments_per_sequence(batch_size * num_heads, seq_len, head_dim)
     programs = batch_size * num_heads * segments
     segment_length = -(-seq_len // (segments * SEGMENT_MULTIPLE)) * SEGMENT_MULTIPLE
     in_last = max(seq_len - (segments - 1) * segment_length, 0)
@@ -173,7 +173,7 @@ def norm_attention_traffic(
     mask_bytes = batch_size * seq_len * mask
     theta_parts = 2 * programs * (head_dim // 2) * 4
 
-    if is_short:
+    if short:
         return 4 * unit + per_kernel + mask_bytes, 7 * unit + per_kernel + mask_bytes + theta_parts
     if not causal:
         forward = 4 * unit + (2 * segments + 1) * state
@@ -201,17 +201,30 @@ def widest_tile(dtype: str) -> int:
     return 64 if dtype == "fp32" else 128
 
 
+def is_short(dtype: str, head_dim: int, value_dim: int, seq_len: int) -> bool:
+    """Whether a bidirectional sequence is done in one launch.
+
+    Not so for wide heads in float16, whose states are float32 in the products too: two of them, which the backward pass
+    has, are more than the registers of one program.
+    """
+    fits = dtype != "fp16" or max(head_dim, value_dim) <= 64
+    return fits and seq_len <= SHORT_LENGTH
+
+
 def gradients_together(dtype: str, head_dim: int, value_dim: int) -> bool:
-    """Whether one program does all gradients of a segment of a causal scan, or one dq and another dk and dv."""
+    """Whether one program does all gradients of a segment of a causal scan, or each of three one of them."""
     return max(head_dim, value_dim) <= widest_tile(dtype) // 2
 
 
 def launch_options(kernel: str, target: str, dtype: str, head_dim: int, value_dim: int) -> dict[str, int]:
-    """BLOCK_T, num_warps and num_stages of a kernel ("state", "output", ...) on a target ("sm_90", "gfx942", ...)."""
+    """BLOCK_T, num_warps, num_stages and PARTS of a kernel ("state", ...) on a target ("sm_90", "gfx942", ...)."""
     is_wide = max(head_dim, value_dim) > 64
     options = _TILES[kernel][is_wide]
     options = _SMALLER_TILES.get((_generation(target), dtype, is_wide), {}).get(kernel, options)
-    return dict(zip(("BLOCK_T", "num_warps", "num_stages"), options, strict=True))
+    block_t, num_warps, num_stages, parts = (*options, 1)[:4]
+    if padded_dim(value_dim) <= 32:
+        parts = 1  # a product is over 16 channels at least
+    return {"BLOCK_T": block_t, "num_warps": num_warps, "num_stages": num_stages, "PARTS": parts}
 
 
 def _generation(target: str) -> str:
@@ -221,7 +234,8 @@ def _generation(target: str) -> str:
     return {"sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}.get(target, "sm_80")
 
 
-# BLOCK_T, num_warps and num_stages up to head_dim 64 and above. scripts/compile_kernels.py shows whether they fit.
+# BLOCK_T, num_warps, num_stages, and PARTS where it is not 1; up to head_dim 64, and above.
+# scripts/compile_kernels.py shows whether they fit.
 _TILES = {
     "state": ((64, 4, 2), (64, 8, 2)),
     "output": ((64, 4, 2), (64, 8, 2)),
@@ -234,22 +248,31 @@ _TILES = {
     "short_backward": ((32, 4, 1), (32, 8, 1)),
 }
 # Where registers would spill with these: by generation, dtype, and whether head_dim is above 64.
-_SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, int, int]]] = {
+_SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
     ("sm_80", "bf16", True): {
         "state": (32, 8, 2),
         "query_backward": (16, 8, 1),
         "key_value_backward": (16, 8, 1),
         "scan": (16, 8, 2),
+        "scan_backward": (16, 8, 1, 2),
         "short_backward": (16, 8, 1),
+    },
+    ("sm_80", "fp16", True): {
+        "state": (32, 8, 2),
+        "output": (32, 8, 2),
+        "query_backward": (16, 8, 1, 2),
+        "key_value_backward": (16, 8, 1, 2),
+        "scan": (16, 8, 2),
+        "scan_backward": (16, 8, 1, 2),
     },
     ("sm_80", "fp16", False): {"scan": (64, 8, 2), "short_backward": (32, 8, 1)},
     ("sm_80", "fp32", False): {
         "state": (32, 4, 2),
         "output": (64, 8, 2),
-        "query_backward": (16, 8, 1),
+        "query_backward": (16, 8, 1, 2),
         "key_value_backward": (16, 8, 1),
         "scan": (16, 4, 2),
-        "scan_backward": (16, 8, 1),
+        "scan_backward": (16, 8, 1, 2),
         "short": (16, 4, 1),
         "short_backward": (16, 8, 1),
     },
@@ -259,7 +282,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, int, int]]] = {
         "query_backward": (16, 8, 1),
         "key_value_backward": (16, 8, 1),
         "scan": (16, 8, 1),
-        "scan_backward": (16, 8, 1),
+        "scan_backward": (16, 8, 1, 2),
         "short": (16, 4, 1),
         "short_backward": (16, 8, 1),
     },
@@ -270,7 +293,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, int, int]]] = {
         "query_backward": (32, 8, 1),
         "key_value_backward": (32, 8, 1),
         "scan": (32, 8, 2),
-        "scan_backward": (16, 8, 1),
+        "scan_backward": (16, 8, 1, 2),
         "short": (16, 4, 1),
         "short_backward": (16, 8, 1),
     },
@@ -317,12 +340,11 @@ class _Use(NamedTuple):
     states: bool  # an initial state, and the gradients of both states
 
 
+# From the plainest to the one that takes the most registers.
 _USES = (
     _Use("identity", "identity", lrpe=False, mask=False, packed=False, states=False),
-    _Use("elu, lrpe", "elu", lrpe=True, mask=False, packed=False, states=False),
-    _Use("elu, lrpe, mask", "elu", lrpe=True, mask=True, packed=False, states=False),
-    _Use("1+elu, lrpe, mask, states", "1+elu", lrpe=True, mask=True, packed=False, states=True),
     _Use("1+elu, lrpe, packed, states", "1+elu", lrpe=True, mask=False, packed=True, states=True),
+    _Use("1+elu, lrpe, mask, states", "1+elu", lrpe=True, mask=True, packed=False, states=True),
 )
 _INPUTS = ("query", "key", "value", "output", "output_grad", "query_grad", "key_grad", "value_grad")
 
@@ -333,6 +355,8 @@ def _variants(kernel: Any, name: str, **constants: Any) -> Callable[[str, str, i
     def variants(target: str, dtype: str, head_dim: int) -> Iterator[KernelVariant]:
         if head_dim > widest_tile(dtype) and name != "step":
             return  # wider heads go through these kernels in parts
+        if name.startswith("short") and not is_short(dtype, head_dim, head_dim, 1):
+            return
         options = launch_options(name, target, dtype, head_dim, head_dim)
         names = set(kernel.arg_names)
         for use in _USES:
@@ -341,6 +365,7 @@ def _variants(kernel: Any, name: str, **constants: Any) -> Callable[[str, str, i
             constexprs = kernel_constants(target, dtype, head_dim, head_dim, use.feature_map)
             constexprs |= constants | {
                 "BLOCK_T": options["BLOCK_T"],
+                "PARTS": options["PARTS"],
                 "TOGETHER": gradients_together(dtype, head_dim, head_dim),
             }
             types: dict[str, str | None] = {f"{tensor}_ptr": f"*{dtype}" for tensor in _INPUTS}

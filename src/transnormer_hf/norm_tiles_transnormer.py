@@ -1,7 +1,10 @@
 """Tiles and states in the Triton kernels of NormAttention: where they lie, how they are loaded, mapped and stored.
 
 A tile is BLOCK_T tokens of one head, its channels along the first axis: (head_dim, BLOCK_T), padded with zeros to a
-power of two. A state is K^T V of one head, (head_dim, head_dim) float32.
+power of two. A state is K^T V of one head, (head_dim, head_dim) float32. It is held as PARTS blocks of its columns, a
+tuple of (BLOCK_K, BLOCK_V / PARTS), and what is multiplied with it, values or gradients of outputs, is loaded and
+multiplied part by part: for some heads and dtypes the operands of a product with all of it are more than a thread has
+registers.
 """
 
 from .triton_features_transnormer import (
@@ -78,43 +81,122 @@ def store_tile(
 
 
 @triton.jit
-def state_offsets(
-    index, head, heads, exists,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+def load_part(
+    head_ptr, part, start, keep, row_stride,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and mask of a state in (index, heads, head_dim, value_dim), contiguous; `exists` is 0 to mask all."""
-    rows, columns = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    """`load_tile` of the channels that belong to a part of the state: (BLOCK_V / PARTS, BLOCK_T) float32."""
+    PART: tl.constexpr = BLOCK_V // PARTS
+    return load_tile(head_ptr + part * PART, start, keep, row_stride, VALUE_DIM - part * PART, PART, BLOCK_T)
+
+
+@triton.jit
+def store_part(
+    head_ptr, tile, part, start, keep, row_stride,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    PART: tl.constexpr = BLOCK_V // PARTS
+    store_tile(head_ptr + part * PART, tile, start, keep, row_stride, VALUE_DIM - part * PART, PART, BLOCK_T)
+
+
+@triton.jit
+def state_offsets(
+    index, head, heads, exists, part,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Offsets and mask of a part of a state in (index, heads, head_dim, value_dim), contiguous; `exists` 0 masks it."""
+    rows, columns = tl.arange(0, BLOCK_K), part * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
     base = (index.to(tl.int64) * heads + head) * (HEAD_DIM * VALUE_DIM)
     offsets = base + rows[:, None] * VALUE_DIM + columns[None, :]
     return offsets, (rows < HEAD_DIM * exists)[:, None] & (columns < VALUE_DIM)[None, :]
 
 
 @triton.jit
-def sum_of_states(
-    partial_ptr, begin, end, initial_ptr, sequence, num_states, head, heads,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """initial[sequence] + partial[begin] + ... + partial[end - 1], float32 (BLOCK_K, BLOCK_V); either may be None."""
-    state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
-    if initial_ptr is not None:
-        offsets, inside = state_offsets(
-            sequence, head, heads, (sequence < num_states).to(tl.int32), HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V
-        )
-        state += tl.load(initial_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    if partial_ptr is not None:
-        for step in range(0, end - begin):
-            offsets, inside = state_offsets(begin + step, head, heads, 1, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
-            state += tl.load(partial_ptr + offsets, mask=inside, other=0.0)
-    return state
+def zero_states(BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr):
+    states = ()
+    for _ in tl.static_range(PARTS):
+        states += (tl.zeros((BLOCK_K, BLOCK_V // PARTS), tl.float32),)
+    return states
 
 
 @triton.jit
-def store_state(
-    state_ptr, state, index, exists, head, heads,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+def cast_states(states, DTYPE: tl.constexpr, PARTS: tl.constexpr):
+    operands = ()
+    for part in tl.static_range(PARTS):
+        operands += (states[part].to(DTYPE),)
+    return operands
+
+
+@triton.jit
+def transpose_states(states, PARTS: tl.constexpr):
+    operands = ()
+    for part in tl.static_range(PARTS):
+        operands += (tl.trans(states[part]),)
+    return operands
+
+
+@triton.jit
+def sum_of_states(
+    partial_ptr, begin, end, initial_ptr, sequence, num_states, head, heads,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    offsets, inside = state_offsets(index, head, heads, exists, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V)
-    tl.store(state_ptr + offsets, state, mask=inside)
+    """initial[sequence] + partial[begin] + ... + partial[end - 1]; either may be None."""
+    states = ()
+    for part in tl.static_range(PARTS):
+        state = tl.zeros((BLOCK_K, BLOCK_V // PARTS), tl.float32)
+        if initial_ptr is not None:
+            exists = (sequence < num_states).to(tl.int32)
+            offsets, inside = state_offsets(
+                sequence, head, heads, exists, part, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, PARTS
+            )
+            state += tl.load(initial_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        if partial_ptr is not None:
+            for step in range(0, end - begin):
+                offsets, inside = state_offsets(
+                    begin + step, head, heads, 1, part, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, PARTS
+                )
+                state += tl.load(partial_ptr + offsets, mask=inside, other=0.0)
+        states += (state,)
+    return states
+
+
+@triton.jit
+def store_states(
+    state_ptr, states, index, exists, head, heads,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    for part in tl.static_range(PARTS):
+        offsets, inside = state_offsets(index, head, heads, exists, part, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, PARTS)
+        tl.store(state_ptr + offsets, states[part], mask=inside)
+
+
+@triton.jit
+def add_outer_products(
+    states, left, right_ptr, start, keep, row_stride,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, PARTS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """states + the sum over a tile's tokens of left_t^T right_t; left: (BLOCK_K, BLOCK_T), right is loaded."""
+    sums = ()
+    for part in tl.static_range(PARTS):
+        tl.debug_barrier()  # else the compiler would load the parts together, and have too few registers for them
+        right = load_part(right_ptr, part, start, keep, row_stride, VALUE_DIM, BLOCK_V, BLOCK_T, PARTS)
+        sums += (tl.dot(left, tl.trans(right.to(DOT)), states[part], input_precision=PRECISION),)
+    return sums
+
+
+@triton.jit
+def add_state_products(
+    total, states, right_ptr, start, keep, row_stride,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, PARTS: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + S right_t for each token of a tile, (BLOCK_K, BLOCK_T); right is loaded."""
+    for part in tl.static_range(PARTS):
+        tl.debug_barrier()
+        right = load_part(right_ptr, part, start, keep, row_stride, VALUE_DIM, BLOCK_V, BLOCK_T, PARTS)
+        total = tl.dot(states[part].to(WIDE), right.to(WIDE), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
