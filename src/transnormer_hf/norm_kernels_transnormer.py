@@ -219,7 +219,7 @@ def gradients_together(dtype: str, head_dim: int, value_dim: int) -> bool:
 def launch_options(kernel: str, target: str, dtype: str, head_dim: int, value_dim: int) -> dict[str, int]:
     """BLOCK_T, num_warps, num_stages and PARTS of a kernel ("state", ...) on a target ("sm_90", "gfx942", ...)."""
     is_wide = max(head_dim, value_dim) > 64
-    options = _TILES[kernel][is_wide]
+    options: tuple[int, ...] = _TILES[kernel][is_wide]
     options = _SMALLER_TILES.get((_generation(target), dtype, is_wide), {}).get(kernel, options)
     block_t, num_warps, num_stages, parts = (*options, 1)[:4]
     if padded_dim(value_dim) <= 32:
@@ -296,6 +296,11 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
         "scan_backward": (16, 8, 1, 2),
         "short": (16, 4, 1),
         "short_backward": (16, 8, 1),
+    },
+    ("gfx", "fp16", True): {
+        "query_backward": (16, 8, 1),
+        "key_value_backward": (16, 8, 1),
+        "scan": (16, 8, 2),
     },
     ("gfx", "bf16", True): {
         "key_value_backward": (16, 8, 1),
