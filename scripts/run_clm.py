@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
 from transnormer_hf.pretraining import Objective, PretrainingArguments, end_of_text, pretrain
@@ -53,9 +53,9 @@ def write_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arg
 CLM = Objective("clm", AutoModelForCausalLM, "block_size", "text-generation", "Perplexity per token", write_sample)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Run what the command line asks for and return what `all_results.json` holds at the end."""
-    return pretrain(CLM, DataArguments, argv)
+    return pretrain(CLM, DataArguments, argv, callbacks)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
 from transnormer_hf.pretraining import Objective, PretrainingArguments, make_packing, pretrain
@@ -63,9 +63,9 @@ def fill_mask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: 
 MLM = Objective("mlm", AutoModelForMaskedLM, "max_seq_length", "fill-mask", "Perplexity per masked token", fill_mask)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Run what the command line asks for and return what `all_results.json` holds at the end."""
-    return pretrain(MLM, DataArguments, argv)
+    return pretrain(MLM, DataArguments, argv, callbacks)
 
 
 if __name__ == "__main__":

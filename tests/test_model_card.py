@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 from transnormer_hf import TransNormerConfig, TransNormerForSequenceClassification, model_card
+from transnormer_hf.baselines import BaselineConfig, baseline_config
 from transnormer_hf.glue import TASKS
 from transnormer_hf.model_card import EvaluatedSplit, build_glue_card
 
@@ -223,3 +224,15 @@ def test_a_pretraining_card_tells_figures_how_they_were_measured_and_a_sample():
 def test_a_card_of_a_stream_names_no_number_of_rows():
     results = {name: value for name, value in RESULTS.items() if name != "train_samples"}
     assert "Trained on a stream of rows (split train" in str(build_training(results=results))
+
+
+def test_the_architecture_is_named():
+    fields = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+    config = TransNormerConfig(**fields, variant="t1")
+    assert model_card.describe_architecture(config) == "TransNormer T1"
+    assert model_card.describe_architecture(BertConfig()) == "BERT"
+    performer = baseline_config(config, "performer")
+    assert model_card.describe_architecture(performer) == "TransNormer's backbone with performer attention"
+    mixed = BaselineConfig(**fields, layer_types=["softmax", "linear_attention"])
+    described = model_card.describe_architecture(mixed)
+    assert described == "TransNormer's backbone with softmax attention and NormAttention"

@@ -264,10 +264,21 @@ def glue_eval_results(task: GlueTask, evaluated: Iterable[EvaluatedSplit], offic
     ]
 
 
+OWN_ATTENTIONS = {
+    "chunked_attention": "DiagAttention",
+    "linear_attention": "NormAttention",
+    "hybrid": "both attentions",
+}
+
+
 def describe_architecture(config: Any) -> str:
-    """ "TransNormer T2" for this project's models, the model type for others."""
-    is_ours = config.model_type == "transnormer_hf"
-    return f"TransNormer {config.variant.upper()}" if is_ours else config.model_type.upper()
+    """ "TransNormer T2" for this project's models, the attentions of a rival, the model type for others."""
+    if config.model_type == "transnormer_hf":
+        return f"TransNormer {config.variant.upper()}"
+    if config.model_type == "transnormer_hf_baseline":
+        attentions = dict.fromkeys(OWN_ATTENTIONS.get(name, f"{name} attention") for name in config.layer_types)
+        return f"TransNormer's backbone with {' and '.join(attentions)}"
+    return config.model_type.upper()
 
 
 def hyperparameters(args: TrainingArguments, max_seq_length: int, lora: Any = None) -> dict[str, Any]:

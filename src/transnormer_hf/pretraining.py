@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
@@ -449,8 +450,16 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
     return {**batch, "shift_labels": batch["labels"]}
 
 
-def pretrain(objective: Objective, data_class: type, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run what the command line asks for and return what `all_results.json` holds at the end."""
+def pretrain(
+    objective: Objective,
+    data_class: type,
+    argv: Sequence[str] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Run what the command line asks for and return what `all_results.json` holds at the end.
+
+    `callbacks` watch the training of each seed.
+    """
     model_args, data_args, run_args, training_args = parse_pretraining_arguments(objective, data_class, argv)
     set_up_logging(f"run_{objective.name}", training_args)
     runs = plan_runs(run_args, training_args)
@@ -464,7 +473,7 @@ def pretrain(objective: Objective, data_class: type, argv: Sequence[str] | None 
         model = build_model(objective.auto_class, model_args, copy.deepcopy(config), planned.args.seed)
         if data is None:
             data = prepare_data(objective, data_args, training_args, tokenizer, model, model_args.cache_dir)
-        results.append(run(objective, model, tokenizer, data, model_args, data_args, run_args, planned))
+        results.append(run(objective, model, tokenizer, data, model_args, data_args, run_args, planned, callbacks))
     return finish_runs(run_args, training_args, results)
 
 
@@ -477,6 +486,7 @@ def run(
     data_args: Any,
     run_args: RunArguments,
     planned: Run,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train, evaluate and show a sample with one seed; returns what the folder's `all_results.json` then holds."""
     args, length = planned.args, getattr(data_args, objective.length_argument)
@@ -501,7 +511,7 @@ def run(
         processing_class=tokenizer,
         data_collator=collate,
         compute_loss_func=aligned_loss,
-        callbacks=[TrainingClock(run_args.max_minutes), EpochSetter()],
+        callbacks=[TrainingClock(run_args.max_minutes), EpochSetter(), *callbacks],
     )
     trainer.warmup_init_lr = data_args.warmup_init_lr
     results: dict[str, Any] = {"task_name": objective.name, "parameters": model.num_parameters()}

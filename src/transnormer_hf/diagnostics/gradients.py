@@ -6,6 +6,7 @@ linear attention f'/f is 1/s_ik, which has no bound as the scores shrink (Prop. 
 """
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,9 +130,9 @@ class GradientDeviationCallback(TrainerCallback):
 
     @property
     def relative_deviation(self) -> float:
-        """NaN before the second step that counts, and where all gradients are 0."""
+        """NaN before the second step that counts, where all gradients are 0, and after one that is not finite."""
         norms = self.norms[self.skip_steps :]
-        if len(norms) < 2 or not (mean := statistics.fmean(norms)):
+        if len(norms) < 2 or not all(map(math.isfinite, norms)) or not (mean := statistics.fmean(norms)):
             return float("nan")
         return statistics.stdev(norms) / mean
 

@@ -1,0 +1,475 @@
+#!/usr/bin/env python
+"""Repeat the tables of "The Devil in Linear Transformer" at laptop scale, and say which of its conclusions hold there.
+
+    python scripts/reproduce.py --table 1 8 --budget 0.35 --train_file train.txt --validation_file valid.txt
+    python scripts/reproduce.py --table 8 9 10 11 12 --seeds 1 2     # WikiText-2 from the Hub
+    python scripts/reproduce.py --table 8 --list                     # what there is to do, and how long it takes
+    python scripts/reproduce.py --only_draw                          # results.md and the figures anew
+
+A cell is one training: a row of a table in one of its columns, with one seed. What it finds is kept in a json file, and
+a cell whose file is there is not run again; a command that was interrupted goes on with the next cell. Rows of several
+tables that are the same model are trained once. On a machine with free cores, give each seed a command of its own.
+
+The text is cut by a byte-level BPE of a few thousand tokens that is trained on the training text: with a large
+vocabulary, a small model spends its time on the last matrix, and its few minutes on learning how frequent words are.
+Perplexities are per such token, and only to be compared with each other.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+import benchmark_model
+import run_clm
+import run_glue
+import run_lra
+import run_mlm
+import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
+from transnormer_hf.diagnostics import GradientDeviationCallback, attention_report
+from transnormer_hf.diagnostics.log_normal import compare_concentration, compare_memory, log_normal_error
+from transnormer_hf.glue import HUB_DATASET, get_task
+from transnormer_hf.model_card import package_versions
+from transnormer_hf.packing import WIKITEXT_TITLE, TextSource
+from transnormer_hf.reproduction import (
+    ABLATION_TABLES,
+    GLUE_TASKS,
+    LENGTH,
+    TABLES,
+    VOCAB_SIZE,
+    Cell,
+    check_folder,
+    find_result,
+    place_of,
+    plan_cells,
+    read_cells,
+    scale,
+    settings_key,
+    without_place,
+    write_cell,
+)
+from transnormer_hf.reproduction_report import draw
+from transnormer_hf.training import ModelArguments, load_tokenizer
+
+HUB_TEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+SPECIAL_TOKENS = {  # RoBERTa's
+    "bos_token": "<s>",
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+MEASURED_TEXTS = 4  # whose attention maps are measured
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    options = parse_arguments(argv)
+    if options.only_draw:
+        draw(options.output_dir)
+        return
+    text = describe_text(options)
+    data = {"mlm": text, "glue": describe_glue(options), "lra": describe_arena(options)}
+    cells = plan_cells(options.table, options.seeds, scale(options.budget), data)
+    check_folder(options.output_dir, cells, read_cells(options.output_dir))
+    if options.list:
+        print(list_cells(options.output_dir, cells))
+        return
+    run_cells(options, cells, prepare_tokenizer(options, text))
+    if read_cells(options.output_dir):
+        draw(options.output_dir)
+        print(f"report: {options.output_dir / 'results.md'}")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", nargs="+", default=list(ABLATION_TABLES), help=f"one or more of {', '.join(TABLES)}")
+    parser.add_argument("--budget", type=float, default=1.0, help="1: some ten minutes a cell on one core")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--train_file", type=Path, help=f"text to learn from; default: {' '.join(HUB_TEXT)} on the Hub")
+    parser.add_argument("--validation_file", type=Path, help="text to measure on")
+    parser.add_argument("--tokenizer_name", help="folder or name on the Hub; default: one trained on the training text")
+    parser.add_argument(
+        "--glue_dir", type=Path, help="folder of CoLA, SST-2, ... with official files; default: the Hub"
+    )
+    for name, origin in (("listops", "generated"), ("image", "CIFAR-10 on the Hub")):
+        what = f"rows to learn from and rows to measure on, as run_lra.py takes them; default: {origin}"
+        parser.add_argument(f"--{name}_files", type=Path, nargs=2, metavar=("TRAIN", "VALIDATION"), help=what)
+    parser.add_argument("--max_minutes", type=float, default=math.inf, help="begin no cell after this much time")
+    parser.add_argument("--list", action="store_true", help="print the cells and how long they take, run none")
+    parser.add_argument("--only_draw", action="store_true", help="draw the cells that there are, run none")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"))
+    options = parser.parse_args(argv)
+    for table in options.table:
+        if table not in TABLES:
+            parser.error(f"--table {table}: no such table; choose from {', '.join(TABLES)}.")
+    for argument in ("table", "seeds"):
+        values = getattr(options, argument)
+        if len(set(values)) < len(values):
+            parser.error(f"--{argument} {' '.join(map(str, values))}: names one twice.")
+    if not options.budget > 0:
+        parser.error(f"--budget {options.budget}: must be greater than 0.")
+    if not options.max_minutes > 0:
+        parser.error(f"--max_minutes {options.max_minutes}: must be greater than 0.")
+    if (options.train_file is None) != (options.validation_file is None):
+        parser.error("--train_file and --validation_file belong together: give both, or none for the Hub's text.")
+    for argument in ("train_file", "validation_file"):
+        if (path := getattr(options, argument)) is not None and not path.is_file():
+            parser.error(f"--{argument} {path}: no such file.")
+    for argument in ("listops_files", "image_files"):
+        for path in getattr(options, argument) or ():
+            if not path.is_file():
+                parser.error(f"--{argument} {path}: no such file.")
+    if options.glue_dir is not None and not any(glue_files(options.glue_dir, name) for name in GLUE_TASKS):
+        parser.error(f"--glue_dir {options.glue_dir}: no folder with train.tsv and dev.tsv, such as SST-2.")
+    return options
+
+
+# ---- Data ----
+
+
+def text_source(options: argparse.Namespace, split: str) -> TextSource:
+    file = {"train": options.train_file, "validation": options.validation_file}[split]
+    start = WIKITEXT_TITLE if file is None or file.suffix == ".txt" else None
+    return TextSource(str(file) if file else None, None if file else HUB_TEXT, split, document_start=start)
+
+
+def describe_text(options: argparse.Namespace) -> dict[str, Any]:
+    """What the settings say about text and tokenizer: names and checksums, no paths."""
+    tokenizer = (
+        {"name": Path(options.tokenizer_name).name}
+        if options.tokenizer_name
+        else {"trained on": "train", "vocab_size": VOCAB_SIZE}
+    )
+    if options.train_file is None:
+        return {"dataset": " ".join(HUB_TEXT), "tokenizer": tokenizer}
+    files = {"train": options.train_file, "validation": options.validation_file}
+    return {split: describe_file(file) for split, file in files.items()} | {"tokenizer": tokenizer}
+
+
+def describe_file(file: Path) -> dict[str, str]:
+    return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def glue_files(folder: Path, name: str) -> list[Path]:
+    """The official files of a task that are read, empty if one is missing."""
+    task = get_task(name)
+    files = [folder / task.title / file for file in ("train.tsv", *task.eval_files.values())]
+    return files if all(file.is_file() for file in files) else []
+
+
+def describe_glue(options: argparse.Namespace) -> dict[str, Any]:
+    """What the settings say about the data of each task of Table 5 that there is."""
+    if options.glue_dir is None:
+        return {name: {"dataset": f"{HUB_DATASET} {name}"} for name in GLUE_TASKS}
+    found = {name: glue_files(options.glue_dir, name) for name in GLUE_TASKS}
+    return {name: {file.stem: describe_file(file) for file in files} for name, files in found.items() if files}
+
+
+def arena_files(options: argparse.Namespace) -> dict[str, tuple[Path | None, Path | None]]:
+    return {
+        "listops": options.listops_files or (None, None),
+        "image": options.image_files or (None, None),
+    }
+
+
+def describe_arena(options: argparse.Namespace) -> dict[str, Any]:
+    described: dict[str, Any] = {}
+    for name, (train, validation) in arena_files(options).items():
+        if train and validation:
+            described[name] = {"train": describe_file(train), "validation": describe_file(validation)}
+        else:
+            described[name] = {"dataset": "generated" if name == "listops" else "CIFAR-10 on the Hub"}
+    return described
+
+
+def prepare_tokenizer(options: argparse.Namespace, text: Mapping[str, Any]) -> str:
+    """The tokenizer of all cells: its folder, or its name on the Hub. One that is trained is kept in `output_dir`."""
+    if options.tokenizer_name is not None:
+        tokenizer = load_tokenizer(ModelArguments(tokenizer_name=options.tokenizer_name))
+        if tokenizer.mask_token is None:
+            raise ValueError(f"--tokenizer_name {options.tokenizer_name}: no mask_token; give one for masked models.")
+        return options.tokenizer_name
+    folder = options.output_dir / f"tokenizer-{settings_key(text)}"
+    if not folder.is_dir():
+        part = folder.with_name(f".{folder.name}.{os.getpid()}")
+        train_tokenizer(text_source(options, "train").documents()).save_pretrained(part)
+        part.rename(folder)
+    return str(folder)
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `VOCAB_SIZE` tokens, with RoBERTa's special ones."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+
+
+# ---- Cells ----
+
+
+def run_cells(options: argparse.Namespace, cells: Sequence[Cell], tokenizer: str) -> None:
+    """Run the cells that have no file yet, one after the other, until the time is over."""
+    began = time.monotonic()
+    for number, cell in enumerate(cells, start=1):
+        results = read_cells(options.output_dir)  # another command may have written some
+        if find_result([result for result in results if place_of(result) == cell.place], cell.settings):
+            continue
+        if (shared := find_result(results, cell.settings)) is not None:
+            place = f"{shared['table']}: {shared['row']}"
+            write_cell(options.output_dir, cell, {**without_place(shared), "trained_for": place})
+            continue
+        if time.monotonic() - began > 60 * options.max_minutes:
+            print(f"--max_minutes {options.max_minutes} are over before {cell.name}; the same command goes on there.")
+            return
+        print(f"[{number}/{len(cells)}] {cell.name}", flush=True)
+        content = write_cell(options.output_dir, cell, run_cell(options, cell.settings, tokenizer))
+        print(f"{cell.name}: {content['status']}, {headline(content)}, {content['seconds']:.0f} s", flush=True)
+
+
+def run_cell(options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str) -> dict[str, Any]:
+    """Train and measure; what goes wrong is a result as well."""
+    part = options.output_dir / "runs" / f".{settings_key(settings)}"
+    shutil.rmtree(part, ignore_errors=True)  # of a command that was killed: the cell begins again
+    began = time.perf_counter()
+    result: dict[str, Any]
+    try:
+        result = RUNNERS[settings["task"]](options, settings, tokenizer, part)
+    except Exception as error:
+        traceback.print_exc()
+        result = {"status": "failed", "error": f"{type(error).__name__}: {error}", "figures": {}}
+    else:
+        folder = part.with_name(settings_key(settings))
+        shutil.rmtree(folder, ignore_errors=True)  # a command was killed before it wrote the cell
+        part.rename(folder)
+    return {**result, "seconds": round(time.perf_counter() - began, 1), "versions": package_versions()}
+
+
+class DivergenceWatch(GradientDeviationCallback):
+    """Also ends training after the first gradient that is not finite."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not math.isfinite(self.norms[-1]):
+            control.should_training_stop = control.should_log = True
+
+
+def run_language_model(
+    options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str, folder: Path
+) -> dict[str, Any]:
+    """A masked or causal language model: perplexity, spread of the gradients, and attention maps of a masked one."""
+    is_masked = settings["task"] == "mlm"
+    watch = DivergenceWatch()
+    arguments = {
+        **training_arguments(settings, folder),
+        **text_arguments(options),
+        "config_name": write_config(settings, folder),
+        "tokenizer_name": tokenizer,
+    }
+    script = run_mlm if is_masked else run_clm
+    found = script.main(command_line(arguments), callbacks=[watch])
+    state = json.loads((folder / "run" / "trainer_state.json").read_text(encoding="utf-8"))
+    losses = [[entry["step"], finite(entry["loss"])] for entry in state["log_history"] if "loss" in entry]
+    figures = {
+        "perplexity": finite(found["eval_token_perplexity"]),
+        "loss": finite(found["eval_loss"]),
+        "tokens": found["eval_tokens"],
+        "relative_deviation": finite(watch.relative_deviation),
+        "parameters": found["parameters"],
+        "training_losses": losses,
+    }
+    if figures["perplexity"] is None:
+        diverged = {"step": state["global_step"], "loss": losses[-1][1]}
+        return {"status": "diverged", "diverged": diverged, "figures": figures}
+    if is_masked:
+        figures["attention"] = measure_attention(options, folder / "run")
+    return {"status": "done", "figures": figures}
+
+
+def training_arguments(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What all training scripts take."""
+    return {
+        **settings["training"],
+        "seed": settings["seed"],
+        "output_dir": folder / "run",
+        "per_device_eval_batch_size": 32,
+        "logging_steps": max(1, settings["training"]["max_steps"] // 20),
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "log_level": "error",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+
+
+def write_config(settings: Mapping[str, Any], folder: Path) -> Path:
+    AutoConfig.for_model(**settings["model"]).save_pretrained(folder / "config")
+    return folder / "config"
+
+
+def command_line(arguments: Mapping[str, Any]) -> list[str]:
+    flags = (part for name, value in arguments.items() if value is not None for part in (f"--{name}", str(value)))
+    return ["--do_train", "--do_eval", *flags]
+
+
+def text_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    if options.train_file is None:
+        return dict(zip(("dataset_name", "dataset_config_name"), HUB_TEXT, strict=True))
+    return {"train_file": options.train_file, "validation_file": options.validation_file}
+
+
+def measure_attention(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Of the maps of the first validation texts: accumulated attention, entropy and spectral gap of each layer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    documents = (text for text in text_source(options, "validation").documents() if text.strip())
+    batch = tokenizer(
+        list(islice(documents, MEASURED_TEXTS)), truncation=True, max_length=LENGTH, padding=True, return_tensors="pt"
+    )
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    report = attention_report(AutoModelForMaskedLM.from_pretrained(folder), inputs, edge="shift")
+    kept = ("kind", "curve", "entropy", "spectral_gap")
+    return {"ratios": report.ratios, "layers": [{name: layer[name] for name in kept} for layer in report.layers]}
+
+
+def run_classifier(
+    options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str, folder: Path
+) -> dict[str, Any]:
+    """A GLUE task: the masked language model of the settings is fine-tuned, and trained before if it is not there."""
+    pretrained = options.output_dir / "runs" / settings_key(settings["pretrained"])
+    if not pretrained.is_dir():
+        found = run_cell(options, settings["pretrained"], tokenizer)
+        if found["status"] != "done":
+            raise RuntimeError(f"the masked language model to start from {found['status']}")
+    task = get_task(settings["name"])
+    arguments = {
+        **training_arguments(settings, folder),
+        "model_name_or_path": pretrained / "run",
+        "task_name": task.name,
+        "data_dir": options.glue_dir / task.title if options.glue_dir else None,
+    }
+    found = run_glue.main(command_line(arguments))
+    metric = {"mrpc": "f1", "cola": "matthews_correlation"}.get(task.name, "accuracy")
+    return {"status": "done", "figures": {"score": found[f"eval_{metric}"], "metric": metric}}
+
+
+def run_arena(options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str, folder: Path) -> dict[str, Any]:
+    """A task of the Long-Range Arena."""
+    arguments = {
+        **training_arguments(settings, folder),
+        "config_name": write_config(settings, folder),
+        "task_name": settings["name"],
+        **dict(zip(("train_file", "validation_file"), arena_files(options)[settings["name"]], strict=True)),
+    }
+    found = run_lra.main(command_line(arguments))
+    return {"status": "done", "figures": {"accuracy": found["eval_accuracy"], "parameters": found["parameters"]}}
+
+
+def run_speed(options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str, folder: Path) -> dict[str, Any]:
+    """Table 7 is measured by `benchmark_model.py --table7`."""
+    lengths = ",".join(map(str, settings["lengths"]))
+    flags = ["--table7", "--lengths", lengths, "--max_minutes", str(settings["max_minutes"])]
+    report = benchmark_model.main([*flags, "--output_dir", str(folder)])
+    timed = [row for row in report["results"] if "steps_per_second" in row]
+    kept = ("model", "length", "steps_per_second")
+    figures = {
+        task: [{name: row[name] for name in kept} for row in timed if row["task"] == task]
+        for task in ("training", "inference")
+    }
+    return {"status": "done", "device": report["device"], "figures": figures}
+
+
+def run_log_normal(
+    options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str, folder: Path
+) -> dict[str, Any]:
+    """The figures of Linear Log-Normal Attention: nothing is trained."""
+    generator = torch.Generator().manual_seed(settings["seed"])
+    tokens, head_dim = settings["tokens"], settings["head_dim"]
+    folder.mkdir(parents=True)
+    return {
+        "status": "done",
+        "figures": {
+            "error": log_normal_error(tokens, head_dim, generator),
+            "concentration": compare_concentration(settings["input_scales"], tokens, head_dim, generator),
+            "memory": compare_memory(settings["lengths"], head_dim),
+        },
+    }
+
+
+RUNNERS = {
+    "mlm": run_language_model,
+    "clm": run_language_model,
+    "glue": run_classifier,
+    "lra": run_arena,
+    "speed": run_speed,
+    "lln": run_log_normal,
+}
+
+
+def finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def headline(content: Mapping[str, Any]) -> str:
+    if "error" in content:
+        return content["error"]
+    if "diverged" in content:
+        return f"step {content['diverged']['step']}, loss {content['diverged']['loss']}"
+    name, value = next(iter(content["figures"].items()))
+    return f"{name} {value:.4g}"
+
+
+def list_cells(folder: Path, cells: Sequence[Cell]) -> str:
+    """The cells, which of them are done, and how long the others take by those."""
+    results = read_cells(folder)
+    lines, open_settings = [], {}
+    for cell in cells:
+        result = find_result(results, cell.settings)
+        if result is None:
+            open_settings[settings_key(cell.settings)] = cell.settings["task"]
+        lines.append(f"{cell.name}: {headline(result) if result else 'to do'}")
+    lines.append(f"{len(open_settings)} trainings to do{estimate(results, open_settings.values())}")
+    return "\n".join(lines)
+
+
+def estimate(results: Sequence[Mapping[str, Any]], tasks: Iterable[str]) -> str:
+    """The minutes that trainings of these tasks take, by the mean of those that there are; else nothing."""
+    seconds: dict[str, list[float]] = {}
+    for result in results:
+        seconds.setdefault(result["settings"]["task"], []).append(result["seconds"])
+    tasks = list(tasks)
+    if not tasks or not set(tasks) <= set(seconds):
+        return ""
+    return f", some {sum(statistics.fmean(seconds[task]) for task in tasks) / 60:.0f} minutes"
+
+
+if __name__ == "__main__":
+    main()
