@@ -10,9 +10,9 @@ A cell is one training: a row of a table in one of its columns, with one seed. W
 a cell whose file is there is not run again; a command that was interrupted goes on with the next cell. Rows of several
 tables that are the same model are trained once. On a machine with free cores, give each seed a command of its own.
 
-The text is cut by a byte-level BPE of a few thousand tokens that is trained on the training text: with a large
-vocabulary, a small model spends its time on the last matrix, and its few minutes on learning how frequent words are.
-Perplexities are per such token, and only to be compared with each other.
+The text is cut by a byte-level BPE of 1024 tokens that is trained on the training text: with a large vocabulary, a
+small model spends its time on the last matrix, and its few minutes on learning how frequent words are. Perplexities are
+per such token, and only to be compared with each other.
 """
 
 import argparse
@@ -215,7 +215,10 @@ def prepare_tokenizer(options: argparse.Namespace, text: Mapping[str, Any]) -> s
     if not folder.is_dir():
         part = folder.with_name(f".{folder.name}.{os.getpid()}")
         train_tokenizer(text_source(options, "train").documents()).save_pretrained(part)
-        part.rename(folder)
+        try:
+            part.rename(folder)
+        except OSError:  # another command was faster
+            shutil.rmtree(part)
     return str(folder)
 
 

@@ -27,9 +27,9 @@ TABLES = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "fig2",
 
 # At a budget of 1, some ten minutes a cell on one core.
 LAYERS, HEADS, LENGTH, BATCH_SIZE = 4, 4, 256, 8
-WIDTH, STEPS = 128, 1500
-VOCAB_SIZE = 2048
-EVALUATION_ROWS = 512
+WIDTH, STEPS = 96, 2500
+VOCAB_SIZE = 1024
+EVALUATION_ROWS = 256
 ARENA_LENGTHS = {"listops": 512, "image": 1024}
 INPUT_SCALES = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
 
