@@ -161,7 +161,8 @@ def test_the_list_says_what_is_done_and_how_long_the_rest_takes(run, trainings, 
     assert "4 trainings to do, some 0 minutes" in text
 
 
-def test_log_normal_attention_is_measured_without_training(run, trainings):
+def test_log_normal_attention_is_measured_without_training(run, trainings, monkeypatch):
+    monkeypatch.setattr(reproduction, "INPUT_SCALES", [1.0])
     out = run("--table", "lln")
     figures = read(out, "lln/concentration-and-memory-seed1")["figures"]
     assert not trainings

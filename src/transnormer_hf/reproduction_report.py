@@ -190,7 +190,8 @@ def describe_order(table: str, column: str, results: Sequence[Result]) -> str | 
     if len(rows) < 2:
         return None
     sign = -1 if FIGURES[table].higher_is_better else 1
-    ours, papers = (sorted(rows, key=lambda row, side=side: sign * rows[row][side]) for side in (0, 1))
+    ours = sorted(rows, key=lambda row: sign * rows[row][0])
+    papers = sorted(rows, key=lambda row: sign * rows[row][1])
     text = f"{column.upper()}: " if column else ""
     text += "the order of the rows is the paper's" if ours == papers else "the order of the rows is not the paper's"
     text += f": {' < '.join(ours)}" if sign > 0 else f": {' > '.join(ours)}"

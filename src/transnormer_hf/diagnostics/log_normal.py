@@ -6,6 +6,7 @@ matching gives both maps the same variance of log p. Entropy and gap are those o
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from .maps import row_entropy, spectral_gap
 COMPARED = ("softmax", "lln")
 
 
-def _mixer(name: str, head_dim: int) -> torch.nn.Module:
+def _mixer(name: str, head_dim: int) -> Any:
     config = TransNormerConfig(hidden_size=head_dim, num_attention_heads=1, attention_probs_dropout_prob=0.0)
     return MIXERS[name](config)
 
