@@ -262,7 +262,7 @@ def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
     training = {
         "max_steps": steps,
         "per_device_train_batch_size": 32,
-        "max_seq_length": 128,
+        "max_seq_length": min(128, LENGTH),
         "learning_rate": 3e-4,
         "lr_scheduler_type": "linear",
         "warmup_steps": steps // 10,
