@@ -276,6 +276,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
         "short": (16, 4, 1),
         "short_backward": (16, 8, 1, 2),
     },
+    ("sm_90", "fp16", True): {"key_value_backward": (32, 8, 1, 2)},
     ("sm_90", "fp32", False): {
         "state": (64, 4, 1),
         "output": (64, 8, 2),
