@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"  # it would turn the kernels into Python functions
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # said aloud, because triton 3.10 changes the default
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a cached answer comes without the log, and some kernels are alike
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # the assembler's own words about registers and spills
 
 import triton

@@ -146,6 +146,14 @@ def test_resume_compiles_only_what_has_changed(tmp_path):
     assert [row["target"] for row in rows] == ["sm_80", "gfx942", "sm_120"]  # what was not asked for stays
 
 
+def test_kernels_that_are_alike_are_each_reported(tmp_path):
+    """The table of LRPE is float32 whatever the inputs: the compiler's cache must not answer for the second."""
+    arguments = ["--kernels", "diag_table", "--targets", "sm_80", "--dtypes", "bf16,fp32", "--head_dims", "32"]
+    process, rows = report_of(tmp_path, "--jobs", "1", *arguments)
+    assert process.returncode == 0, process.stdout
+    assert [row["registers"] > 0 for row in rows] == [True, True]
+
+
 def test_resume_from_something_else(tmp_path):
     report = tmp_path / "report.json"
     report.write_text("[]")
