@@ -139,7 +139,7 @@ def test_a_training_that_raises_is_recorded_and_tried_again(run, trainings, monk
 
 def test_what_is_there_is_not_overwritten_by_other_settings(run, trainings):
     run("--table", "3")
-    with pytest.raises(ValueError, match=r"late-seed1 with other settings \(training\.max_steps 2, now 15"):
+    with pytest.raises(ValueError, match=r"late-seed1 with other settings \(training\.max_steps 2, now 25"):
         run("--table", "3", "--budget", "1e-4")
 
 
@@ -168,7 +168,7 @@ def test_log_normal_attention_is_measured_without_training(run, trainings, monke
     assert not trainings
     assert figures["error"] < 1e-4
     at = {row["scale"]: row for row in figures["concentration"]}
-    # FACTS of the two maps at 512 tokens and 64 channels: 8.29 and 7.90 bits, gaps 0.94 and 0.89
+    # computed on its own for 512 tokens and 64 channels: 8.29 and 7.90 bits, gaps 0.94 and 0.89
     assert at[1.0]["entropy"]["softmax"] == pytest.approx(8.29, abs=0.05)
     assert at[1.0]["entropy"]["lln"] == pytest.approx(7.90, abs=0.15)
     short, *_, long = figures["memory"]
