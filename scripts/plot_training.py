@@ -3,7 +3,8 @@
 
     python scripts/plot_training.py --runs T1=out/t1 T2=out/t2 Llama=out/llama --output curves.png
 
-A run is a folder that a training script of this project wrote. Points are evaluations. Needs matplotlib:
+A run is a folder that a training script of this project wrote. Points are evaluations. Minutes compare nothing where
+the machine was busier in one run than in another: draw over the tokens alone then (--over tokens). Needs matplotlib:
 pip install 'transnormer-hf[plot]'.
 """
 
@@ -12,6 +13,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+AXES = ("minutes", "tokens")
 
 
 def read_history(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -37,14 +40,15 @@ def smooth(values: Sequence[float], share: float = 0.8) -> list[float]:
     return smoothed
 
 
-def plot(runs: dict[str, Path], output: Path) -> None:
-    """Write the plot of the runs, by their names, to `output`."""
+def plot(runs: dict[str, Path], output: Path, over: Sequence[str] = AXES) -> None:
+    """Write the plot of the runs, by their names, to `output`, with one panel for each of `over`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (by_minute, by_token) = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+    figure, axes = pyplot.subplots(1, len(over), figsize=(5.5 * len(over), 4), sharey=True, squeeze=False)
+    panels = dict(zip(over, axes[0], strict=True))
     for number, (name, folder) in enumerate(runs.items()):
         history, results = read_history(folder)
         losses = [entry for entry in history if "loss" in entry and "train_minutes" in entry]
@@ -53,14 +57,20 @@ def plot(runs: dict[str, Path], output: Path) -> None:
         per_step = results.get("train_tokens", last) / last
         color, values = f"C{number}", smooth([entry["loss"] for entry in losses])
         label = f"{name}, validation {results['eval_loss']:.3f}" if "eval_loss" in results else name
-        by_minute.plot([entry["train_minutes"] for entry in losses], values, color=color, label=label)
-        by_token.plot([entry["step"] * per_step for entry in losses], values, color=color)
-        for entry in evaluations:
-            by_minute.plot(entry["train_minutes"], entry["eval_loss"], "o", color=color)
-            by_token.plot(entry["step"] * per_step, entry["eval_loss"], "o", color=color)
-    by_minute.set(xlabel="minutes of training", ylabel="training loss, smoothed (nats per token)")
-    by_token.set(xlabel="tokens seen" if "train_tokens" in results else "updates")
-    by_minute.legend()
+        places = {
+            "minutes": lambda entry: entry["train_minutes"],
+            "tokens": lambda entry, per_step=per_step: entry["step"] * per_step,
+        }
+        for quantity, panel in panels.items():
+            place = places[quantity]
+            panel.plot([place(entry) for entry in losses], values, color=color, label=label)
+            for entry in evaluations:
+                panel.plot(place(entry), entry["eval_loss"], "o", color=color)
+    labels = {"minutes": "minutes of training", "tokens": "tokens seen" if "train_tokens" in results else "updates"}
+    for quantity, panel in panels.items():
+        panel.set_xlabel(labels[quantity])
+    axes[0, 0].set_ylabel("training loss, smoothed (nats per token)")
+    axes[0, 0].legend()
     figure.tight_layout()
     temporary = output.with_name(f".{output.name}")
     figure.savefig(temporary, dpi=120, format=output.suffix.removeprefix(".") or "png")
@@ -72,12 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs that the command line names and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=FOLDER", help="finished runs")
+    parser.add_argument("--over", nargs="+", choices=AXES, default=AXES, help="what to draw the loss over")
     parser.add_argument("--output", type=Path, required=True, help="png, svg or pdf file")
     args = parser.parse_args(argv)
     for run in args.runs:
         if "=" not in run:
             raise ValueError(f"--runs {run} must have the form NAME=FOLDER.")
-    plot({name: Path(folder) for name, _, folder in (run.partition("=") for run in args.runs)}, args.output)
+    plot({name: Path(folder) for name, _, folder in (run.partition("=") for run in args.runs)}, args.output, args.over)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ def test_runs_are_drawn_over_time_and_tokens(tmp_path, monkeypatch):
     assert by_token.lines[0].get_xdata()[-1] == pytest.approx(4000)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
+    plot_training.main(["--runs", f"T1={first}", "--over", "tokens", "--output", str(tmp_path / "curves.png")])
+    (only,) = figures[-1].axes
+    assert only.lines[0].get_xdata()[-1] == pytest.approx(4000)
+
 
 def test_smoothing_keeps_a_constant_and_lags_behind_a_step():
     assert plot_training.smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
