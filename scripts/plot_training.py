@@ -57,15 +57,11 @@ def plot(runs: dict[str, Path], output: Path, over: Sequence[str] = AXES) -> Non
         per_step = results.get("train_tokens", last) / last
         color, values = f"C{number}", smooth([entry["loss"] for entry in losses])
         label = f"{name}, validation {results['eval_loss']:.3f}" if "eval_loss" in results else name
-        places = {
-            "minutes": lambda entry: entry["train_minutes"],
-            "tokens": lambda entry, per_step=per_step: entry["step"] * per_step,
-        }
         for quantity, panel in panels.items():
-            place = places[quantity]
-            panel.plot([place(entry) for entry in losses], values, color=color, label=label)
+            field, unit = {"minutes": ("train_minutes", 1.0), "tokens": ("step", per_step)}[quantity]
+            panel.plot([unit * entry[field] for entry in losses], values, color=color, label=label)
             for entry in evaluations:
-                panel.plot(place(entry), entry["eval_loss"], "o", color=color)
+                panel.plot(unit * entry[field], entry["eval_loss"], "o", color=color)
     labels = {"minutes": "minutes of training", "tokens": "tokens seen" if "train_tokens" in results else "updates"}
     for quantity, panel in panels.items():
         panel.set_xlabel(labels[quantity])
