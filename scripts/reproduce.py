@@ -96,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.list:
         print(list_cells(options.output_dir, cells))
         return
-    run_cells(options, cells, prepare_tokenizer(options, text))
+    reads_text = any(cell.settings["task"] in ("mlm", "clm", "glue") for cell in cells)
+    run_cells(options, cells, prepare_tokenizer(options, text) if reads_text else "")
     if read_cells(options.output_dir):
         draw(options.output_dir)
         print(f"report: {options.output_dir / 'results.md'}")

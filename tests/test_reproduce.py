@@ -161,6 +161,13 @@ def test_the_list_says_what_is_done_and_how_long_the_rest_takes(run, trainings, 
     assert "4 trainings to do, some 0 minutes" in text
 
 
+def test_what_reads_no_text_asks_for_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduction, "INPUT_SCALES", [1.0])
+    reproduce.main(["--table", "lln", "--output_dir", str(tmp_path)])
+    assert (tmp_path / "cells/lln/concentration-and-memory-seed1.json").is_file()
+    assert not list(tmp_path.glob("tokenizer-*"))
+
+
 def test_log_normal_attention_is_measured_without_training(run, trainings, monkeypatch):
     monkeypatch.setattr(reproduction, "INPUT_SCALES", [1.0])
     out = run("--table", "lln")
