@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarking.reports import describe
-from transnormer_hf.glue import write_atomically
+from transnormer_hf.files import write_atomically
 from transnormer_hf.ops_transnormer import diag_attention, norm_attention
 
 try:

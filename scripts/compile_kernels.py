@@ -40,6 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from transnormer_hf import diag_kernels_transnormer, norm_kernels_transnormer
+from transnormer_hf.files import write_atomically
 from transnormer_hf.triton_features_transnormer import KernelSpec, compile_arguments
 
 KERNELS: list[KernelSpec] = [*norm_kernels_transnormer.KERNELS, *diag_kernels_transnormer.KERNELS]
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             show_progress(done, len(jobs), job, len(failures))
             write_report(output, list(known.values()))
     if options.summary:
-        write_whole(Path(options.summary), summary(list(known.values())))
+        write_atomically(Path(options.summary), summary(list(known.values())))
     print_table(rows)
     _, spilled, shared = most(rows)
     print(
@@ -134,13 +135,7 @@ def read_report(path: Path) -> list[dict[str, Any]]:
 
 
 def write_report(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_whole(path, json.dumps({"kernels": rows}, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    write_atomically(path, json.dumps({"kernels": rows}, indent=1) + "\n")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

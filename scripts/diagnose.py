@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 import transnormer_hf.baselines  # noqa: F401  (registers TransNormer and its rivals)
 from transnormer_hf.diagnostics import attention_report
 from transnormer_hf.diagnostics.maps import EDGES
-from transnormer_hf.glue import write_atomically
+from transnormer_hf.files import write_atomically
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transnormer_hf.files import replacing
+
 AXES = ("minutes", "tokens")
 
 
@@ -68,9 +70,8 @@ def plot(runs: dict[str, Path], output: Path, over: Sequence[str] = AXES) -> Non
     axes[0, 0].set_ylabel("training loss, smoothed (nats per token)")
     axes[0, 0].legend()
     figure.tight_layout()
-    temporary = output.with_name(f".{output.name}")
-    figure.savefig(temporary, dpi=120, format=output.suffix.removeprefix(".") or "png")
-    temporary.replace(output)
+    with replacing(output) as path:
+        figure.savefig(path, dpi=120, format=output.suffix.removeprefix(".") or "png")
     pyplot.close(figure)
 
 

@@ -35,7 +35,7 @@ from transnormer_hf import TransNormerConfig
 from transnormer_hf.baselines import MIXERS, baseline_config
 from transnormer_hf.baselines.mixer import scaled_linear_attention
 from transnormer_hf.features_transnormer import token_layout
-from transnormer_hf.glue import write_atomically
+from transnormer_hf.files import write_atomically
 
 LENGTHS = (100, 200, 1000, 10_000, 100_000)
 MARKED, UNMARKED, COMMON = 1.2, 0.01, 0.1  # a of both kinds of text, and c

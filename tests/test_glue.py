@@ -430,16 +430,3 @@ def test_submissions_have_the_format_of_glue(name, split, predictions, file, lin
 
 def test_every_test_split_has_a_submission_file():
     assert all(set(task.submissions) == set(task.test_files) for task in TASKS.values())
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = write(tmp_path / "all_results.json", "old")
-
-    def fail(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        glue.write_atomically(path, "new")
-    assert [item.name for item in tmp_path.iterdir()] == ["all_results.json"]
-    assert path.read_text() == "old"

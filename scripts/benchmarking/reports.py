@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from transnormer_hf.files import replacing
+
 from .contenders import CONTENDERS, EVERYTHING, FLOOR
 from .runs import TASKS
 
@@ -178,6 +180,5 @@ def plot(report: dict[str, Any], folder: Path) -> None:
         axes.set_title(f"{report['device']}, {report['dtype']}", fontsize=9)
         axes.grid(which="both", alpha=0.2)
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-        temporary = folder / f".{name}.png"
-        figure.savefig(temporary, dpi=110, format="png")
-        temporary.replace(folder / f"{name}.png")
+        with replacing(folder / f"{name}.png") as path:
+            figure.savefig(path, dpi=110, format="png")

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .files import write_atomically
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -557,15 +559,3 @@ def write_submission(output_dir: str | os.PathLike, task: GlueTask, split: str, 
     lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in enumerate(values))]
     write_atomically(path, "\n".join(lines) + "\n")
     return path
-
-
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Write a text file under a temporary name, then rename it: a reader sees the old file or the new one, whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

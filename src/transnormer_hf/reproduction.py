@@ -20,7 +20,7 @@ from .ablations import VANILLA_BACKBONE, ablation_config, find_ablations
 from .baselines import BaselineConfig
 from .baselines.modeling import backbone_fields
 from .configuration_transnormer import TransNormerConfig
-from .glue import write_atomically
+from .files import write_atomically
 
 ABLATION_TABLES = ("1", "3", "8", "9", "10", "11", "12")
 TABLES = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "fig2", "lln")

@@ -5,7 +5,6 @@ than the spread between them decides nothing.
 """
 
 import math
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .ablations import find_ablations
-from .glue import write_atomically
+from .files import replacing, write_atomically
 from .model_card import markdown_table
 from .reproduction import (
     ABLATION_TABLES,
@@ -439,9 +438,8 @@ def draw_figures(results: Sequence[Result], folder: Path) -> list[str]:
         else:
             _plot_rows(canvas, table, mine)
         name = f"{IMAGES[table].removesuffix('.')}.png"
-        temporary = folder / f".{name}.{os.getpid()}"
-        canvas.savefig(temporary, dpi=90, format="png")
-        temporary.replace(folder / name)
+        with replacing(folder / name) as path:
+            canvas.savefig(path, dpi=90, format="png")
         drawn.append(name)
     return drawn
 

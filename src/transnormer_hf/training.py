@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from .checkpoints import is_whole_checkpoint, last_whole_checkpoint
-from .glue import write_atomically
+from .files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..glue import write_atomically
+from ..files import write_atomically
 
 
 def softmax_jacobian(scores: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..glue import write_atomically
+from ..files import replacing, write_atomically
 from .maps import (
     accumulated_attention_curve,
     attention_temperature,
@@ -135,10 +135,8 @@ class AttentionReport:
         write_atomically(folder / "attention.json", self.to_json())
         write_atomically(folder / "attention.md", self.to_markdown())
         for index, figure in enumerate(self.figures()):
-            path = folder / f"layer_{index}.png"
-            temporary = path.with_name(f".{path.name}")
-            figure.savefig(temporary, format="png")
-            temporary.replace(path)
+            with replacing(folder / f"layer_{index}.png") as path:
+                figure.savefig(path, format="png")
 
 
 PAGE = """<!DOCTYPE html>
