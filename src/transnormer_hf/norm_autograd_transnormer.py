@@ -36,7 +36,9 @@ from .triton_features_transnormer import (
     check_inputs,
     is_interpreted,
     new_empty,
+    strides_of,
     target_of,
+    with_rows,
 )
 
 NAMESPACE = operator_namespace(__name__)
@@ -157,7 +159,7 @@ def norm_attention_forward(
     The state has no rows where it is neither asked for nor needed. With cu_seqlens, states (initial_state too) have one
     row more than there are sequences.
     """
-    query, key, value = _with_rows(query), _with_rows(key), _with_rows(value)
+    query, key, value = (with_rows(tensor, SEGMENT_MULTIPLE) for tensor in (query, key, value))
     shapes = _shapes(query, value, cu_seqlens, causal, return_state)
     _, heads, _, value_dim = value.shape
     output = _token_major(value, value_dim)
@@ -253,7 +255,9 @@ def norm_attention_backward(
     return_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value, theta and initial_state; the last two without elements where there is none."""
-    query, key, value, output_grad = (_with_rows(tensor) for tensor in (query, key, value, output_grad))
+    query, key, value, output_grad = (
+        with_rows(tensor, SEGMENT_MULTIPLE) for tensor in (query, key, value, output_grad)
+    )
     shapes = _shapes(query, value, cu_seqlens, causal, return_state)
     heads, head_dim, value_dim = query.shape[1], query.shape[-1], value.shape[-1]
     query_grad, key_grad, value_grad = (_token_major(tensor, tensor.shape[-1]) for tensor in (query, key, value))
@@ -452,7 +456,7 @@ def norm_attention_step(
     householder: torch.Tensor | None,
     feature_map: str,
 ) -> torch.Tensor:
-    query, key, value = _with_rows(query), _with_rows(key), _with_rows(value)
+    query, key, value = (with_rows(tensor, SEGMENT_MULTIPLE) for tensor in (query, key, value))
     shapes = _shapes(query, value, None, True, True)
     output = _token_major(state, value.shape[-1], seq_len=1)
     launch = _Launch(query, value, positions, is_real, None, theta, householder, feature_map, shapes)
@@ -565,8 +569,8 @@ class _Launch:
         arguments |= {f"{pointer}_ptr": tensor for pointer, tensor in pointers.items()}
         for tensor_name, tensor in tensors.items():
             arguments[f"{tensor_name}_ptr"] = tensor
-            for dim, stride in zip(("batch", "head", "row"), tensor.stride()[:3], strict=True):
-                arguments[f"{tensor_name}_{dim}_stride"] = stride
+            for axis, stride in zip(("batch", "head", "row"), strides_of(tensor), strict=True):
+                arguments[f"{tensor_name}_{axis}_stride"] = stride
         if self.query.numel() == 0:
             return
         names = set(kernel.arg_names)
@@ -619,13 +623,6 @@ def _segment_table(cu_seqlens: torch.Tensor, seq_len: int, segment_length: int, 
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself wherever its channels lie next to each other, as in any view of a projection."""
-    # offsets within a tile are 32-bit integers, those of the tiles are not
-    fits = tensor.stride(-1) == 1 and tensor.stride(-2) * SEGMENT_MULTIPLE < 2**31
-    return tensor if fits else tensor.contiguous()
 
 
 def _token_major(like: torch.Tensor, head_dim: int, seq_len: int | None = None) -> torch.Tensor:

@@ -4,7 +4,7 @@ An overview of all kernels of NormAttention is in `norm_kernels_transnormer.py`.
 """
 
 from .norm_tiles_transnormer import (
-    LENGTHS,
+    UNSPECIALIZED,
     add_outer_products,
     add_state_products,
     cast_states,
@@ -158,7 +158,7 @@ def write_key_value_gradients(
 # Bidirectional
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def state_kernel(
     key_ptr, value_ptr, position_ptr, real_ptr, theta_ptr, householder_ptr, table_ptr, partial_ptr,
     key_batch_stride, key_head_stride, key_row_stride, value_batch_stride, value_head_stride, value_row_stride,
@@ -193,7 +193,7 @@ def state_kernel(
     store_states(partial_ptr, states, segment, 1, head, heads, HEAD_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, PARTS)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def output_kernel(
     query_ptr, position_ptr, theta_ptr, householder_ptr, table_ptr, partial_ptr, initial_ptr, output_ptr, state_ptr,
     query_batch_stride, query_head_stride, query_row_stride, output_batch_stride, output_head_stride, output_row_stride,
@@ -236,7 +236,7 @@ def output_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def query_backward_kernel(
     query_ptr, output_grad_ptr, position_ptr, theta_ptr, householder_ptr, table_ptr, state_ptr,
     query_grad_ptr, partial_ptr, theta_grad_ptr,
@@ -273,7 +273,7 @@ def query_backward_kernel(
         store_theta_gradient(theta_grad_ptr, theta_grad, segment, head, heads, HEAD_DIM, BLOCK_K)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def key_value_backward_kernel(
     key_ptr, value_ptr, position_ptr, real_ptr, theta_ptr, householder_ptr, table_ptr, partial_ptr, state_grad_ptr,
     key_grad_ptr, value_grad_ptr, initial_grad_ptr, theta_grad_ptr,
@@ -323,7 +323,7 @@ def key_value_backward_kernel(
 # Bidirectional, short
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def short_kernel(
     query_ptr, key_ptr, value_ptr, position_ptr, real_ptr, theta_ptr, householder_ptr, initial_ptr,
     output_ptr, state_ptr,
@@ -361,7 +361,7 @@ def short_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def short_backward_kernel(
     query_ptr, key_ptr, value_ptr, output_grad_ptr, position_ptr, real_ptr, theta_ptr, householder_ptr,
     initial_ptr, state_grad_ptr, query_grad_ptr, key_grad_ptr, value_grad_ptr, initial_grad_ptr, theta_grad_ptr,

@@ -4,7 +4,7 @@ An overview of all kernels of NormAttention is in `norm_kernels_transnormer.py`.
 """
 
 from .norm_tiles_transnormer import (
-    LENGTHS,
+    UNSPECIALIZED,
     add_outer_products,
     add_state_products,
     find_segment,
@@ -33,7 +33,7 @@ except ImportError as error:
     raise ImportError("The Triton kernels need the triton package: pip install triton.") from error
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def scan_kernel(
     query_ptr, key_ptr, value_ptr, position_ptr, real_ptr, theta_ptr, householder_ptr, table_ptr, partial_ptr,
     initial_ptr, output_ptr, state_ptr,
@@ -236,7 +236,7 @@ def write_scan_gradients(
         store_theta_gradient(theta_grad_ptr, theta_grad, theta_row, head, heads, HEAD_DIM, BLOCK_K)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def scan_backward_kernel(
     query_ptr, key_ptr, value_ptr, output_grad_ptr, position_ptr, real_ptr, theta_ptr, householder_ptr, table_ptr,
     partial_ptr, initial_ptr, state_ptr, grad_partial_ptr, state_grad_ptr,

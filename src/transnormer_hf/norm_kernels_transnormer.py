@@ -41,7 +41,7 @@ from .norm_causal_kernels_transnormer import (
     scan_kernel,
 )
 from .norm_tiles_transnormer import (
-    LENGTHS,
+    UNSPECIALIZED,
     head_of,
     load_lrpe,
     load_tile,
@@ -65,7 +65,7 @@ except ImportError as error:
     raise ImportError("The Triton kernels need the triton package: pip install triton.") from error
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def step_kernel(
     query_ptr, key_ptr, value_ptr, position_ptr, real_ptr, theta_ptr, householder_ptr,
     initial_ptr, output_ptr, state_ptr,

@@ -8,6 +8,7 @@ registers.
 """
 
 from .triton_features_transnormer import (
+    STRIDE_UNIT,
     map_features,
     map_features_backward,
     rotation_at,
@@ -20,8 +21,11 @@ try:
 except ImportError as error:
     raise ImportError("The Triton kernels need the triton package: pip install triton.") from error
 
-# The length, and what follows from it, must not make Triton compile anew.
+# The length, what follows from it, and strides must not make Triton compile anew. What it has to know of strides, their
+# unit says.
 LENGTHS = ["seq_len", "segment_length", "segments_per_sequence", "num_states", "position_batch_stride"]
+TENSORS = ["query", "key", "value", "output", "output_grad", "query_grad", "key_grad", "value_grad"]
+UNSPECIALIZED = LENGTHS + [f"{tensor}_{axis}_stride" for tensor in TENSORS for axis in ("batch", "head", "row")]
 
 
 @triton.jit
@@ -45,7 +49,7 @@ def find_segment(segment, table_ptr, segments_per_sequence, segment_length, seq_
 @triton.jit
 def head_of(tensor_ptr, batch, head, batch_stride, head_stride):
     """Where a head of a (batch, heads, seq, head_dim) tensor begins; 64-bit, tensors may have over 2^31 elements."""
-    return tensor_ptr + batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
+    return tensor_ptr + (batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride) * STRIDE_UNIT
 
 
 @triton.jit
@@ -65,6 +69,7 @@ def load_tile(head_ptr, start, keep, row_stride, WIDTH: tl.constexpr, CHANNELS: 
     64-bit offset: one number for the program, where 64 bits for each element would cost it registers.
     """
     channels = tl.arange(0, CHANNELS)
+    row_stride *= STRIDE_UNIT
     offsets = tl.arange(0, BLOCK_T)[None, :] * row_stride + channels[:, None]
     tile_ptr = head_ptr + start.to(tl.int64) * row_stride + offsets
     return tl.load(tile_ptr, mask=(channels < WIDTH)[:, None] & keep[None, :], other=0.0).to(tl.float32)
@@ -75,6 +80,7 @@ def store_tile(
     head_ptr, tile, start, keep, row_stride, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     channels = tl.arange(0, CHANNELS)
+    row_stride *= STRIDE_UNIT
     offsets = tl.arange(0, BLOCK_T)[None, :] * row_stride + channels[:, None]
     tile_ptr = head_ptr + start.to(tl.int64) * row_stride + offsets
     tl.store(tile_ptr, tile.to(head_ptr.dtype.element_ty), mask=(channels < WIDTH)[:, None] & keep[None, :])

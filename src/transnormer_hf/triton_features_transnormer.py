@@ -20,6 +20,10 @@ try:
 except ImportError as error:
     raise ImportError("The Triton kernels need the triton package: pip install triton.") from error
 
+# The kernels get strides in units of so many elements. So the compiler knows that they are multiples of them, and reads
+# 16 bytes at a time, without compiling anew for every property of a stride; head_dim is a multiple of 8 as well.
+STRIDE_UNIT = tl.constexpr(8)
+
 # Tile functions: all in float32
 
 
@@ -175,6 +179,23 @@ def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
                 f"{name} has head_dim={tensor.shape[-1]}; the Triton kernels take multiples of 8 from 8 to 256. "
                 'Use backend="torch" for others.'
             )
+
+
+def with_rows(tensor: torch.Tensor, tile: int) -> torch.Tensor:
+    """The tensor itself where a head's channels lie side by side and begin at multiples of 16 bytes, as they do in any
+    view of a projection; a copy where not, or where offsets between `tile` rows need more than 32 bits.
+    """
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    fits = tensor.stride(-1) == 1 and tensor.stride(-2) * tile < 2**31 and tensor.data_ptr() % 16 == 0
+    if fits and all(stride % STRIDE_UNIT.value == 0 for stride in strides[:-1]):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def strides_of(tensor: torch.Tensor) -> list[int]:
+    """Strides of all dimensions but the last, in units of `STRIDE_UNIT`; 0 for dimensions of one element."""
+    sizes = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    return [stride // STRIDE_UNIT.value if size > 1 else 0 for size, stride in sizes]
 
 
 ELEMENT_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
