@@ -287,7 +287,7 @@ def test_rows_that_begin_anywhere(causal):
     """Strides that are no multiples of 8 elements, and tensors that begin in the middle of 16 bytes."""
     inputs, lrpe = make_inputs(2, 2, 12, 8)
     wide = [torch.nn.functional.pad(tensor, (1, 2))[..., 1:9] for tensor in inputs]
-    assert wide[0].stride(2) == 11 and wide[0].storage_offset() == 1
+    assert (wide[0].stride(2), wide[0].storage_offset()) == (11, 1)
     assert_equals_definition(wide, lrpe, causal=causal)
     moved = [torch.nn.functional.pad(tensor.flatten(), (1, 0))[1:].view(tensor.shape) for tensor in inputs]
     assert_equals_definition(moved, lrpe, causal=causal)

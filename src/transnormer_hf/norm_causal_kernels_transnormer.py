@@ -267,64 +267,23 @@ def scan_backward_kernel(
     in theta's gradient.
     """
     ROLES: tl.constexpr = 1 if TOGETHER else 3
-    role = tl.program_id(0) % ROLES
     segment, head, heads = tl.program_id(0) // ROLES, tl.program_id(1), tl.num_programs(1)
     batch, sequence, begin, end, first, last = find_segment(
         segment, table_ptr, segments_per_sequence, segment_length, seq_len
     )
-    if TOGETHER:
-        write_scan_gradients(
-            segment, head, heads, batch, sequence, begin, end, first, last,
-            query_ptr, key_ptr, value_ptr, output_grad_ptr, position_ptr, real_ptr, theta_ptr, householder_ptr,
-            partial_ptr, initial_ptr, state_ptr, grad_partial_ptr, state_grad_ptr, query_grad_ptr, key_grad_ptr,
-            value_grad_ptr, initial_grad_ptr, theta_grad_ptr, query_batch_stride, query_head_stride,
-            query_row_stride, key_batch_stride, key_head_stride, key_row_stride, value_batch_stride,
-            value_head_stride, value_row_stride, output_grad_batch_stride, output_grad_head_stride,
-            output_grad_row_stride, query_grad_batch_stride, query_grad_head_stride, query_grad_row_stride,
-            key_grad_batch_stride, key_grad_head_stride, key_grad_row_stride, value_grad_batch_stride,
-            value_grad_head_stride, value_grad_row_stride, position_batch_stride, seq_len, num_states,
-            segment, True, True, True,
-            FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, PARTS,
-        )  # fmt: skip
-    elif role == 0:
-        write_scan_gradients(
-            segment, head, heads, batch, sequence, begin, end, first, last,
-            query_ptr, key_ptr, value_ptr, output_grad_ptr, position_ptr, real_ptr, theta_ptr, householder_ptr,
-            partial_ptr, initial_ptr, state_ptr, grad_partial_ptr, state_grad_ptr, query_grad_ptr, key_grad_ptr,
-            value_grad_ptr, initial_grad_ptr, theta_grad_ptr, query_batch_stride, query_head_stride,
-            query_row_stride, key_batch_stride, key_head_stride, key_row_stride, value_batch_stride,
-            value_head_stride, value_row_stride, output_grad_batch_stride, output_grad_head_stride,
-            output_grad_row_stride, query_grad_batch_stride, query_grad_head_stride, query_grad_row_stride,
-            key_grad_batch_stride, key_grad_head_stride, key_grad_row_stride, value_grad_batch_stride,
-            value_grad_head_stride, value_grad_row_stride, position_batch_stride, seq_len, num_states,
-            2 * segment, True, False, False,
-            FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, PARTS,
-        )  # fmt: skip
-    elif role == 1:
-        write_scan_gradients(
-            segment, head, heads, batch, sequence, begin, end, first, last,
-            query_ptr, key_ptr, value_ptr, output_grad_ptr, position_ptr, real_ptr, theta_ptr, householder_ptr,
-            partial_ptr, initial_ptr, state_ptr, grad_partial_ptr, state_grad_ptr, query_grad_ptr, key_grad_ptr,
-            value_grad_ptr, initial_grad_ptr, theta_grad_ptr, query_batch_stride, query_head_stride,
-            query_row_stride, key_batch_stride, key_head_stride, key_row_stride, value_batch_stride,
-            value_head_stride, value_row_stride, output_grad_batch_stride, output_grad_head_stride,
-            output_grad_row_stride, query_grad_batch_stride, query_grad_head_stride, query_grad_row_stride,
-            key_grad_batch_stride, key_grad_head_stride, key_grad_row_stride, value_grad_batch_stride,
-            value_grad_head_stride, value_grad_row_stride, position_batch_stride, seq_len, num_states,
-            2 * segment + 1, False, True, False,
-            FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, PARTS,
-        )  # fmt: skip
-    else:
-        write_scan_gradients(
-            segment, head, heads, batch, sequence, begin, end, first, last,
-            query_ptr, key_ptr, value_ptr, output_grad_ptr, position_ptr, real_ptr, theta_ptr, householder_ptr,
-            partial_ptr, initial_ptr, state_ptr, grad_partial_ptr, state_grad_ptr, query_grad_ptr, key_grad_ptr,
-            value_grad_ptr, initial_grad_ptr, theta_grad_ptr, query_batch_stride, query_head_stride,
-            query_row_stride, key_batch_stride, key_head_stride, key_row_stride, value_batch_stride,
-            value_head_stride, value_row_stride, output_grad_batch_stride, output_grad_head_stride,
-            output_grad_row_stride, query_grad_batch_stride, query_grad_head_stride, query_grad_row_stride,
-            key_grad_batch_stride, key_grad_head_stride, key_grad_row_stride, value_grad_batch_stride,
-            value_grad_head_stride, value_grad_row_stride, position_batch_stride, seq_len, num_states,
-            0, False, False, True,
-            FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, PARTS,
-        )  # fmt: skip
+    for role in tl.static_range(ROLES):
+        if tl.program_id(0) % ROLES == role:
+            write_scan_gradients(
+                segment, head, heads, batch, sequence, begin, end, first, last,
+                query_ptr, key_ptr, value_ptr, output_grad_ptr, position_ptr, real_ptr, theta_ptr, householder_ptr,
+                partial_ptr, initial_ptr, state_ptr, grad_partial_ptr, state_grad_ptr, query_grad_ptr, key_grad_ptr,
+                value_grad_ptr, initial_grad_ptr, theta_grad_ptr, query_batch_stride, query_head_stride,
+                query_row_stride, key_batch_stride, key_head_stride, key_row_stride, value_batch_stride,
+                value_head_stride, value_row_stride, output_grad_batch_stride, output_grad_head_stride,
+                output_grad_row_stride, query_grad_batch_stride, query_grad_head_stride, query_grad_row_stride,
+                key_grad_batch_stride, key_grad_head_stride, key_grad_row_stride, value_grad_batch_stride,
+                value_grad_head_stride, value_grad_row_stride, position_batch_stride, seq_len, num_states,
+                segment if TOGETHER else 2 * segment + role,
+                TOGETHER or role == 0, TOGETHER or role == 1, TOGETHER or role == 2,
+                FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, PARTS,
+            )  # fmt: skip
