@@ -265,7 +265,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
         "scan": (16, 8, 2),
         "scan_backward": (16, 8, 1, 2),
     },
-    ("sm_80", "fp16", False): {"scan": (64, 8, 2), "short_backward": (32, 8, 1)},
+    ("sm_80", "fp16", False): {"scan": (32, 8, 2), "short_backward": (32, 8, 1)},
     ("sm_80", "fp32", False): {
         "state": (32, 4, 2, 2),
         "output": (64, 8, 2, 2),
