@@ -267,7 +267,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
     },
     ("sm_80", "fp16", False): {"scan": (32, 8, 2), "short_backward": (32, 8, 1)},
     ("sm_80", "fp32", False): {
-        "state": (32, 4, 2, 2),
+        "state": (32, 8, 2, 2),
         "output": (64, 8, 2, 2),
         "query_backward": (16, 8, 1, 2),
         "key_value_backward": (16, 8, 1),
