@@ -271,7 +271,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
         "output": (64, 8, 2, 2),
         "query_backward": (16, 8, 1, 2),
         "key_value_backward": (16, 8, 1),
-        "scan": (16, 4, 2),
+        "scan": (16, 8, 2),
         "scan_backward": (16, 8, 1, 2),
         "short": (16, 4, 1),
         "short_backward": (16, 8, 1, 2),
