@@ -278,15 +278,17 @@ class _Launch:
         if not self.programs:
             return
         arguments = dict(self.arguments, **more)
+        aligned = True
         for argument, tensor in tensors.items():
             if tensor.stride(2) * self.plan.tile >= 2**31:
                 tensor = tensor.contiguous()  # offsets within a tile are 32-bit integers; those between tiles are not
+            aligned &= all(stride % 8 == 0 for stride in tensor.stride()[:3])
             arguments[f"{argument}_ptr"] = tensor
             axes = "bht" if argument == "output" else "bhtd"
             arguments |= {f"{argument}_stride_{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
         arguments |= {f"{argument}_ptr": tensor for argument, tensor in pointers.items()}
         key = self.target, self.dtype, self.head_dim, self.plan.tile
-        arguments |= kernel_constants(name, *key, causal, activation == "relu", is_interpreted())
+        arguments |= kernel_constants(name, *key, causal, activation == "relu", is_interpreted(), aligned)
         options = launch_options(name, *key)
         with torch.cuda.device_of(self.query):
             kernel[(self.programs * (3 if name == "split_backward" else 1),)](**arguments, **options)

@@ -5,6 +5,7 @@ An overview of the kernels is in `diag_kernels_transnormer.py`.
 
 from .diag_tiles_transnormer import (
     add_inner_products,
+    find_vectors,
     load_halves,
     load_table,
     load_turned,
@@ -106,6 +107,7 @@ def diag_tile_backward_kernel(
     num_heads, seq_len, num_sequences, programs_per_row, block_size, tile_tokens,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The same tile once more: reads 4 tiles, writes 3. The map and its row sums are computed again on the chip.
 
@@ -131,11 +133,19 @@ def diag_tile_backward_kernel(
     is_key = exists
     if is_real_ptr is not None:
         is_key = tl.load(is_real_ptr + (row * is_real_stride_b + first) + places, mask=exists, other=0) != 0
-    grad_ptr += row * grad_stride_b + head * grad_stride_h + first * grad_stride_t
-    query_ptr += row * query_stride_b + head * query_stride_h + first * query_stride_t
-    key_ptr += row * key_stride_b + head * key_stride_h + first * key_stride_t
-    value_ptr += row * value_stride_b + head * value_stride_h + first * value_stride_t
-    start = row * output_stride_b + head * output_stride_h + first * output_stride_t
+    grad_ptr, grad_stride_t = find_vectors(
+        grad_ptr, row, head, first, grad_stride_b, grad_stride_h, grad_stride_t, ALIGNED
+    )
+    query_ptr, query_stride_t = find_vectors(
+        query_ptr, row, head, first, query_stride_b, query_stride_h, query_stride_t, ALIGNED
+    )
+    key_ptr, key_stride_t = find_vectors(key_ptr, row, head, first, key_stride_b, key_stride_h, key_stride_t, ALIGNED)
+    value_ptr, value_stride_t = find_vectors(
+        value_ptr, row, head, first, value_stride_b, value_stride_h, value_stride_t, ALIGNED
+    )
+    start, output_stride_t = find_vectors(
+        0, row, head, first, output_stride_b, output_stride_h, output_stride_t, ALIGNED
+    )
 
     query_along = project(
         query_ptr, places, exists, query_stride_t, query_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK
@@ -340,6 +350,7 @@ def diag_split_backward_kernel(
     num_heads, seq_len, num_sequences, programs_per_row, block_size,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Three programs for TILE tokens of one block and head: they are queries (dQ), keys (dV), keys (dK).
 
@@ -366,11 +377,19 @@ def diag_split_backward_kernel(
     lower = (begin - first).to(tl.int32)  # the places of the block that exist, which may begin before its sequence
     upper = (end - first).to(tl.int32)
     i_exist = (my_places >= lower) & (my_places < upper)
-    grad_ptr += row * grad_stride_b + head * grad_stride_h + first * grad_stride_t
-    query_ptr += row * query_stride_b + head * query_stride_h + first * query_stride_t
-    key_ptr += row * key_stride_b + head * key_stride_h + first * key_stride_t
-    value_ptr += row * value_stride_b + head * value_stride_h + first * value_stride_t
-    start = row * output_stride_b + head * output_stride_h + first * output_stride_t
+    grad_ptr, grad_stride_t = find_vectors(
+        grad_ptr, row, head, first, grad_stride_b, grad_stride_h, grad_stride_t, ALIGNED
+    )
+    query_ptr, query_stride_t = find_vectors(
+        query_ptr, row, head, first, query_stride_b, query_stride_h, query_stride_t, ALIGNED
+    )
+    key_ptr, key_stride_t = find_vectors(key_ptr, row, head, first, key_stride_b, key_stride_h, key_stride_t, ALIGNED)
+    value_ptr, value_stride_t = find_vectors(
+        value_ptr, row, head, first, value_stride_b, value_stride_h, value_stride_t, ALIGNED
+    )
+    start, output_stride_t = find_vectors(
+        0, row, head, first, output_stride_b, output_stride_h, output_stride_t, ALIGNED
+    )
     if not RELU:
         output_ptr += start
         lse_ptr += (row * num_heads + head) * seq_len + first

@@ -5,6 +5,7 @@ An overview of the kernels is in `diag_kernels_transnormer.py`.
 
 from .diag_tiles_transnormer import (
     add_inner_products,
+    find_vectors,
     load_halves,
     load_turned,
     locate_part,
@@ -63,6 +64,7 @@ def diag_tile_forward_kernel(
     num_heads, seq_len, num_sequences, programs_per_row, block_size, tile_tokens,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: one head, `tile_tokens` <= TILE places, a whole number of blocks. Reads 3, writes 1 tile."""
     program = tl.program_id(0)
@@ -81,10 +83,16 @@ def diag_tile_forward_kernel(
     is_key = exists
     if is_real_ptr is not None:
         is_key = tl.load(is_real_ptr + (row * is_real_stride_b + first) + places, mask=exists, other=0) != 0
-    query_ptr += row * query_stride_b + head * query_stride_h + first * query_stride_t
-    key_ptr += row * key_stride_b + head * key_stride_h + first * key_stride_t
-    value_ptr += row * value_stride_b + head * value_stride_h + first * value_stride_t
-    output_ptr += row * output_stride_b + head * output_stride_h + first * output_stride_t
+    query_ptr, query_stride_t = find_vectors(
+        query_ptr, row, head, first, query_stride_b, query_stride_h, query_stride_t, ALIGNED
+    )
+    key_ptr, key_stride_t = find_vectors(key_ptr, row, head, first, key_stride_b, key_stride_h, key_stride_t, ALIGNED)
+    value_ptr, value_stride_t = find_vectors(
+        value_ptr, row, head, first, value_stride_b, value_stride_h, value_stride_t, ALIGNED
+    )
+    output_ptr, output_stride_t = find_vectors(
+        output_ptr, row, head, first, output_stride_b, output_stride_h, output_stride_t, ALIGNED
+    )
 
     query_along = project(
         query_ptr, places, exists, query_stride_t, query_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK
@@ -143,6 +151,7 @@ def diag_split_forward_kernel(
     num_heads, seq_len, num_sequences, programs_per_row, block_size,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr,
     PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE queries of one block and head against the block's keys, with a running softmax."""
     program = tl.program_id(0)
@@ -159,10 +168,16 @@ def diag_split_forward_kernel(
     lower = (begin - first).to(tl.int32)  # the places of the block that exist, which may begin before its sequence
     upper = (end - first).to(tl.int32)
     query_exists = (query_places >= lower) & (query_places < upper)
-    query_ptr += row * query_stride_b + head * query_stride_h + (first + part_start) * query_stride_t
-    key_ptr += row * key_stride_b + head * key_stride_h + first * key_stride_t
-    value_ptr += row * value_stride_b + head * value_stride_h + first * value_stride_t
-    output_ptr += row * output_stride_b + head * output_stride_h + (first + part_start) * output_stride_t
+    query_ptr, query_stride_t = find_vectors(
+        query_ptr, row, head, first + part_start, query_stride_b, query_stride_h, query_stride_t, ALIGNED
+    )
+    key_ptr, key_stride_t = find_vectors(key_ptr, row, head, first, key_stride_b, key_stride_h, key_stride_t, ALIGNED)
+    value_ptr, value_stride_t = find_vectors(
+        value_ptr, row, head, first, value_stride_b, value_stride_h, value_stride_t, ALIGNED
+    )
+    output_ptr, output_stride_t = find_vectors(
+        output_ptr, row, head, first + part_start, output_stride_b, output_stride_h, output_stride_t, ALIGNED
+    )
     if not RELU:
         lse_ptr += (row * num_heads + head) * seq_len + first + part_start
 

@@ -137,8 +137,12 @@ def kernel_constants(
     causal: bool,
     relu: bool,
     interpreted: bool = False,
+    aligned: bool = True,
 ) -> dict[str, Any]:
-    """The constexprs of a kernel ("tile_forward", "split_backward", ...)."""
+    """The constexprs of a kernel ("tile_forward", "split_backward", ...).
+
+    aligned: the strides are multiples of 8, as those of the usual layouts are, because head_dim is one.
+    """
     return {
         "HEAD_DIM": head_dim,
         "WIDTH": width_of(head_dim),
@@ -150,6 +154,7 @@ def kernel_constants(
         "PRECISION": dot_precision(target, dtype),
         "CAUSAL": causal,
         "RELU": relu,
+        "ALIGNED": aligned,
     }
 
 

@@ -63,6 +63,21 @@ def locate_tile(
     return first, begin, end
 
 
+@triton.jit
+def find_vectors(pointer, row, head, token, stride_b, stride_h, stride_t, ALIGNED: tl.constexpr):
+    """The pointer to one head's vector of a token, and the stride from there to the next token's.
+
+    ALIGNED: all three strides are multiples of 8. All that the compiler knows of an argument is whether it is a
+    multiple of 16, which a head's stride is not where head_dim is 200: it would load every number by itself, with an
+    address for each in a register. The shifts change nothing but that.
+    """
+    if ALIGNED:
+        stride_b = (stride_b >> 3) << 3
+        stride_h = (stride_h >> 3) << 3
+        stride_t = (stride_t >> 3) << 3
+    return pointer + (row * stride_b + head * stride_h + token * stride_t), stride_t
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Vectors: CHUNK of their channels at a time, in two halves
 #
