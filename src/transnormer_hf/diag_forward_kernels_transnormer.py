@@ -24,13 +24,6 @@ except ImportError as error:
     raise ImportError("The Triton kernels need the triton package: pip install triton.") from error
 
 
-@triton.jit
-def inner_products(row_first, row_second, column_first, column_second, PRECISION: tl.constexpr):
-    """rows columns^T, the sum over both halves of the channels: (rows, columns) float32."""
-    products = tl.dot(row_first, tl.trans(column_first), input_precision=PRECISION)
-    return tl.dot(row_second, tl.trans(column_second), products, input_precision=PRECISION)
-
-
 @triton.jit(do_not_specialize=["block_size"])
 def diag_table_kernel(
     table_ptr,  # (2, block_size, WIDTH / 2) float32
@@ -149,8 +142,8 @@ def diag_split_forward_kernel(
     seed_ptr,
     scale, dropout_p, keep_scale,
     num_heads, seq_len, num_sequences, programs_per_row, block_size,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr,
-    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE queries of one block and head against the block's keys, with a running softmax."""
@@ -181,12 +174,9 @@ def diag_split_forward_kernel(
     if not RELU:
         lse_ptr += (row * num_heads + head) * seq_len + first + part_start
 
-    query_first, query_second = load_turned(
-        query_ptr, places, query_exists, query_stride_t, query_stride_d, query_places,
-        table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
-    )  # fmt: skip
-    query_first = query_first.to(DOT_TYPE)
-    query_second = query_second.to(DOT_TYPE)
+    query_along = project(
+        query_ptr, places, query_exists, query_stride_t, query_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK
+    )
     output_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
     output_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
     highest = tl.full((TILE,), float("-inf"), tl.float32)
@@ -199,14 +189,23 @@ def diag_split_forward_kernel(
         is_key = (key_places >= lower) & (key_places < upper)
         if is_real_ptr is not None:
             is_key = tl.load(is_real_ptr + (row * is_real_stride_b + first) + key_places, mask=is_key, other=0) != 0
-        key_first, key_second = load_turned(
-            key_ptr + tl.cast(key_start, tl.int64) * key_stride_t, places, is_key,
-            key_stride_t, key_stride_d, key_places,
-            table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
-        )  # fmt: skip
-        scores = scale * inner_products(
-            query_first, query_second, key_first.to(DOT_TYPE), key_second.to(DOT_TYPE), PRECISION
-        )  # (TILE, TILE)
+        other_key_ptr = key_ptr + tl.cast(key_start, tl.int64) * key_stride_t
+        key_along = project(
+            other_key_ptr, places, is_key, key_stride_t, key_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK
+        )
+        scores = tl.zeros((TILE, TILE), tl.float32)
+        for chunk in range(0, WIDTH, CHUNK):
+            # where there is one chunk, the compiler reads it once, before the loop over the keys
+            query_first, query_second = load_turned(
+                query_ptr, places, query_exists, query_stride_t, query_stride_d, query_places,
+                table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+            )  # fmt: skip
+            key_first, key_second = load_turned(
+                other_key_ptr, places, is_key, key_stride_t, key_stride_d, key_places,
+                table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
+            )  # fmt: skip
+            scores = add_inner_products(scores, query_first, query_second, key_first, key_second, DOT_TYPE, PRECISION)
+        scores *= scale
         visible = is_key[None, :] & query_exists[:, None]
         if CAUSAL:
             visible &= query_places[:, None] >= key_places[None, :]

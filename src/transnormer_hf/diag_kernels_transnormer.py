@@ -113,6 +113,8 @@ def width_of(head_dim: int) -> int:
 
 def chunk_of(kernel: str, target: str, dtype: str, head_dim: int) -> int:
     """Channels that a program has in registers at a time, but for the sums of the split kernels."""
+    if kernel == "split_forward":
+        return min(width_of(head_dim), 64 if dtype == "fp32" else 256)
     is_wide = dtype == "fp32" or (kernel.endswith("backward") and target_family(target) != "amd")
     return min(width_of(head_dim), 32 if is_wide else 64)
 
@@ -124,7 +126,7 @@ def launch_options(kernel: str, target: str, dtype: str, head_dim: int, tile: in
     elif kernel == "split_forward":
         warps = 8 if tile * width_of(head_dim) > 64 * 64 else 4
     else:
-        warps = 8 if kernel.endswith("backward") else 4
+        warps = 8 if kernel.endswith("backward") or (dtype == "fp32" and width_of(head_dim) > 128) else 4
     return {"num_warps": warps, "num_stages": 1}
 
 
@@ -146,7 +148,7 @@ def kernel_constants(
     return {
         "HEAD_DIM": head_dim,
         "WIDTH": width_of(head_dim),
-        **({} if kernel == "split_forward" else {"CHUNK": chunk_of(kernel, target, dtype, head_dim)}),
+        "CHUNK": chunk_of(kernel, target, dtype, head_dim),
         "TILE": tile,
         "DOT_TYPE": dot_type(dtype, interpreted),
         # relu scores may outgrow float16, probabilities do not
