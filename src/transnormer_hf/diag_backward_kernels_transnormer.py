@@ -90,6 +90,16 @@ def grad_of_scores(weights, grad_weights, row_sums, seed_ptr, keep_scale, RELU: 
         return weights * (grad_weights - row_sums[:, None])
 
 
+@triton.jit
+def map_product(scores, vectors, PRECISION: tl.constexpr):
+    """scores^T vectors, (keys, channels) from (queries, keys) and (queries, channels); or queries and keys exchanged.
+
+    It is the transpose of vectors^T scores, a wide product. Of a tall one the compiler would give each warp all columns
+    of 16 rows: with 64 rows half of the warps would repeat the others' work, and every warp would hold all vectors.
+    """
+    return tl.trans(tl.dot(tl.trans(vectors), scores, input_precision=PRECISION))
+
+
 @triton.jit(do_not_specialize=["seq_len", "num_sequences", "programs_per_row", "block_size", "tile_tokens"])
 def diag_tile_backward_kernel(
     grad_ptr, grad_stride_b, grad_stride_h, grad_stride_t, grad_stride_d,  # of the output
@@ -111,7 +121,8 @@ def diag_tile_backward_kernel(
 ):  # fmt: skip
     """The same tile once more: reads 4 tiles, writes 3. The map and its row sums are computed again on the chip.
 
-    q and k are read (and turned) once for the map and again for dQ and dK; by then they are in the cache.
+    q and k are read (and turned) once for the map and again for dQ and dK, and dO once for dV and again for dP; by then
+    they are in the cache.
     """
     program = tl.program_id(0)
     head = (program % num_heads).to(tl.int64)
@@ -178,18 +189,23 @@ def diag_tile_backward_kernel(
     dropped = weights
     if seed_ptr is not None:
         dropped = tl.maximum(weights, 0.0) * keep_scale
-    dropped = tl.trans(dropped.to(MAP_TYPE))
+    dropped = dropped.to(MAP_TYPE)
+    for chunk in range(0, WIDTH, CHUNK):
+        grad_first, grad_second = load_halves(
+            grad_ptr, places, exists, grad_stride_t, grad_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
+        )
+        grad_value_first = map_product(dropped, grad_first.to(MAP_TYPE), PRECISION)  # (TILE, CHUNK / 2)
+        grad_value_second = map_product(dropped, grad_second.to(MAP_TYPE), PRECISION)
+        store_halves(
+            grad_value_ptr + start, grad_value_first, grad_value_second, places, exists, output_stride_t, False,
+            chunk, HEAD_DIM, WIDTH, CHUNK,
+        )  # fmt: skip
+    # a loop of its own, which need not hold the map as an operand
     grad_weights = tl.zeros((TILE, TILE), tl.float32)
     for chunk in range(0, WIDTH, CHUNK):
         grad_first, grad_second = load_halves(
             grad_ptr, places, exists, grad_stride_t, grad_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
         )
-        grad_value_first = tl.dot(dropped, grad_first.to(MAP_TYPE), input_precision=PRECISION)  # (TILE, CHUNK / 2)
-        grad_value_second = tl.dot(dropped, grad_second.to(MAP_TYPE), input_precision=PRECISION)
-        store_halves(
-            grad_value_ptr + start, grad_value_first, grad_value_second, places, exists, output_stride_t, False,
-            chunk, HEAD_DIM, WIDTH, CHUNK,
-        )  # fmt: skip
         value_first, value_second = load_halves(
             value_ptr, places, is_key, value_stride_t, value_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
         )
@@ -212,8 +228,8 @@ def diag_tile_backward_kernel(
                 table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
             )  # fmt: skip
             grad_query_along += turn_back(
-                tl.dot(grad_scores, key_first.to(DOT_TYPE).to(MAP_TYPE), input_precision=PRECISION),
-                tl.dot(grad_scores, key_second.to(DOT_TYPE).to(MAP_TYPE), input_precision=PRECISION),
+                map_product(grad_scores_t, key_first.to(DOT_TYPE).to(MAP_TYPE), PRECISION),
+                map_product(grad_scores_t, key_second.to(DOT_TYPE).to(MAP_TYPE), PRECISION),
                 exists, within, table_ptr, householder_ptr, block_size, chunk, HEAD_DIM, WIDTH, CHUNK,
             )[4]  # fmt: skip
             query_first, query_second = load_turned(
@@ -221,8 +237,8 @@ def diag_tile_backward_kernel(
                 table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
             )  # fmt: skip
             grad_key_along += turn_back(
-                tl.dot(grad_scores_t, query_first.to(DOT_TYPE).to(MAP_TYPE), input_precision=PRECISION),
-                tl.dot(grad_scores_t, query_second.to(DOT_TYPE).to(MAP_TYPE), input_precision=PRECISION),
+                map_product(grad_scores, query_first.to(DOT_TYPE).to(MAP_TYPE), PRECISION),
+                map_product(grad_scores, query_second.to(DOT_TYPE).to(MAP_TYPE), PRECISION),
                 exists, within, table_ptr, householder_ptr, block_size, chunk, HEAD_DIM, WIDTH, CHUNK,
             )[4]  # fmt: skip
     for chunk in range(0, WIDTH, CHUNK):
@@ -232,8 +248,8 @@ def diag_tile_backward_kernel(
         )  # fmt: skip
         key_first = key_first.to(DOT_TYPE)
         key_second = key_second.to(DOT_TYPE)
-        grad_first = tl.dot(grad_scores, key_first.to(MAP_TYPE), input_precision=PRECISION)
-        grad_second = tl.dot(grad_scores, key_second.to(MAP_TYPE), input_precision=PRECISION)
+        grad_first = map_product(grad_scores_t, key_first.to(MAP_TYPE), PRECISION)
+        grad_second = map_product(grad_scores_t, key_second.to(MAP_TYPE), PRECISION)
         query_first, query_second = load_turned(
             query_ptr, places, exists, query_stride_t, query_stride_d, within,
             table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
@@ -247,8 +263,8 @@ def diag_tile_backward_kernel(
         )  # fmt: skip
         grad_theta += store_turned_back(
             grad_key_ptr + start,
-            tl.dot(grad_scores_t, query_first.to(MAP_TYPE), input_precision=PRECISION),
-            tl.dot(grad_scores_t, query_second.to(MAP_TYPE), input_precision=PRECISION),
+            map_product(grad_scores, query_first.to(MAP_TYPE), PRECISION),
+            map_product(grad_scores, query_second.to(MAP_TYPE), PRECISION),
             key_first, key_second, places, exists, output_stride_t, within,
             table_ptr, householder_ptr, block_size, grad_key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
         )  # fmt: skip
