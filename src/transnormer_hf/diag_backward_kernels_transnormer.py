@@ -232,6 +232,7 @@ def diag_tile_backward_kernel(
                 map_product(grad_scores_t, key_second.to(DOT_TYPE).to(MAP_TYPE), PRECISION),
                 exists, within, table_ptr, householder_ptr, block_size, chunk, HEAD_DIM, WIDTH, CHUNK,
             )[4]  # fmt: skip
+        for chunk in range(0, WIDTH, CHUNK):  # again, because both forms of dS are too much to hold
             query_first, query_second = load_turned(
                 query_ptr, places, exists, query_stride_t, query_stride_d, within,
                 table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,

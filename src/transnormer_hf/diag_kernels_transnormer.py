@@ -111,11 +111,11 @@ def width_of(head_dim: int) -> int:
     return max(32, padded_dim(head_dim))
 
 
-def chunk_of(kernel: str, target: str, dtype: str, head_dim: int) -> int:
+def chunk_of(kernel: str, dtype: str, head_dim: int) -> int:
     """Channels that a program has in registers at a time, but for the sums of the split kernels."""
     if kernel == "split_forward":
         return min(width_of(head_dim), 64 if dtype == "fp32" else 256)
-    is_wide = dtype == "fp32" or (kernel.endswith("backward") and target_family(target) != "amd")
+    is_wide = dtype == "fp32" or kernel.endswith("backward")
     return min(width_of(head_dim), 32 if is_wide else 64)
 
 
@@ -148,7 +148,7 @@ def kernel_constants(
     return {
         "HEAD_DIM": head_dim,
         "WIDTH": width_of(head_dim),
-        "CHUNK": chunk_of(kernel, target, dtype, head_dim),
+        "CHUNK": chunk_of(kernel, dtype, head_dim),
         "TILE": tile,
         "DOT_TYPE": dot_type(dtype, interpreted),
         # relu scores may outgrow float16, probabilities do not
