@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,15 +75,21 @@ def test_quick_is_the_last_variant_of_each():
     assert quick == list(last.values())
 
 
-def test_strides_of_odd_heads_are_not_taken_as_aligned():
-    """A head of 40 channels begins at a multiple of 8 elements only."""
-    spec = next(spec for spec in compile_kernels.KERNELS if spec.name == "norm_scan")
-    for head_dim, aligned in ((40, False), (64, True)):
-        variant = next(spec.variants("sm_80", "bf16", head_dim))
-        found = compile_kernels.compile_arguments(spec, variant).attrs
-        strides = [index for index, name in enumerate(spec.function.arg_names) if name.endswith("head_stride")]
-        assert strides
-        assert all((((index,) in found) is aligned) for index in strides)
+@pytest.mark.parametrize("kernel", ["norm_state", "diag_tile_forward"])
+def test_heads_of_any_width_are_read_16_bytes_at_a_time(kernel):
+    """A head of 24 channels begins at a multiple of 8 elements, which is no multiple of 16."""
+    code = (
+        "import triton, compile_kernels as script\n"
+        f"spec = next(spec for spec in script.KERNELS if spec.name == {kernel!r})\n"
+        "variant = next(spec.variants('sm_80', 'bf16', 24))\n"
+        "source = script.ASTSource(spec.function, *script.compile_arguments(spec, variant))\n"
+        "gpu = script.TARGETS['sm_80'].gpu\n"
+        "print(triton.compile(source, target=gpu, options=variant.options).asm['ptx'])"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    assembly = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    widths = re.findall(r"ld\.global\.(v4\.b32|b16)", assembly.stdout)
+    assert set(widths) == {"v4.b32"}
 
 
 def test_summary_has_the_worst_of_each():

@@ -30,7 +30,9 @@ from .triton_features_transnormer import (
     check_inputs,
     is_interpreted,
     new_empty,
+    strides_of,
     target_of,
+    with_rows,
 )
 
 NAMESPACE = operator_namespace(__name__)
@@ -185,7 +187,7 @@ def diag_attention_backward(
         pointers,
         causal,
         activation,
-        **{f"output_stride_{axis}": stride for axis, stride in zip("bht", grad_query.stride(), strict=False)},
+        **_strides("output", grad_query),
     )
     if theta is None:
         return grad_query, grad_key, grad_value, query.new_empty(0, dtype=torch.float32)
@@ -278,20 +280,20 @@ class _Launch:
         if not self.programs:
             return
         arguments = dict(self.arguments, **more)
-        aligned = True
         for argument, tensor in tensors.items():
-            if tensor.stride(2) * self.plan.tile >= 2**31:
-                tensor = tensor.contiguous()  # offsets within a tile are 32-bit integers; those between tiles are not
-            aligned &= all(stride % 8 == 0 for stride in tensor.stride()[:3])
+            tensor = with_rows(tensor, self.plan.tile)
             arguments[f"{argument}_ptr"] = tensor
-            axes = "bht" if argument == "output" else "bhtd"
-            arguments |= {f"{argument}_stride_{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
+            arguments |= _strides(argument, tensor)
         arguments |= {f"{argument}_ptr": tensor for argument, tensor in pointers.items()}
         key = self.target, self.dtype, self.head_dim, self.plan.tile
-        arguments |= kernel_constants(name, *key, causal, activation == "relu", is_interpreted(), aligned)
+        arguments |= kernel_constants(name, *key, causal, activation == "relu", is_interpreted())
         options = launch_options(name, *key)
         with torch.cuda.device_of(self.query):
             kernel[(self.programs * (3 if name == "split_backward" else 1),)](**arguments, **options)
+
+
+def _strides(argument: str, tensor: torch.Tensor) -> dict[str, int]:
+    return {f"{argument}_stride_{axis}": stride for axis, stride in zip("bht", strides_of(tensor), strict=True)}
 
 
 def _empty_forward(

@@ -4,6 +4,7 @@ An overview of the kernels is in `diag_kernels_transnormer.py`.
 """
 
 from .diag_tiles_transnormer import (
+    UNSPECIALIZED,
     add_inner_products,
     find_vectors,
     load_halves,
@@ -100,12 +101,12 @@ def map_product(scores, vectors, PRECISION: tl.constexpr):
     return tl.trans(tl.dot(tl.trans(vectors), scores, input_precision=PRECISION))
 
 
-@triton.jit(do_not_specialize=["seq_len", "num_sequences", "programs_per_row", "block_size", "tile_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def diag_tile_backward_kernel(
-    grad_ptr, grad_stride_b, grad_stride_h, grad_stride_t, grad_stride_d,  # of the output
-    query_ptr, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    key_ptr, key_stride_b, key_stride_h, key_stride_t, key_stride_d,
-    value_ptr, value_stride_b, value_stride_h, value_stride_t, value_stride_d,
+    grad_ptr, grad_stride_b, grad_stride_h, grad_stride_t,  # of the output
+    query_ptr, query_stride_b, query_stride_h, query_stride_t,
+    key_ptr, key_stride_b, key_stride_h, key_stride_t,
+    value_ptr, value_stride_b, value_stride_h, value_stride_t,
     grad_query_ptr, grad_key_ptr, grad_value_ptr, output_stride_b, output_stride_h, output_stride_t,  # all three alike
     grad_theta_ptr,  # (programs, WIDTH / 2) float32, summed afterwards
     table_ptr, householder_ptr,
@@ -117,7 +118,6 @@ def diag_tile_backward_kernel(
     num_heads, seq_len, num_sequences, programs_per_row, block_size, tile_tokens,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The same tile once more: reads 4 tiles, writes 3. The map and its row sums are computed again on the chip.
 
@@ -144,32 +144,26 @@ def diag_tile_backward_kernel(
     is_key = exists
     if is_real_ptr is not None:
         is_key = tl.load(is_real_ptr + (row * is_real_stride_b + first) + places, mask=exists, other=0) != 0
-    grad_ptr, grad_stride_t = find_vectors(
-        grad_ptr, row, head, first, grad_stride_b, grad_stride_h, grad_stride_t, ALIGNED
-    )
+    grad_ptr, grad_stride_t = find_vectors(grad_ptr, row, head, first, grad_stride_b, grad_stride_h, grad_stride_t)
     query_ptr, query_stride_t = find_vectors(
-        query_ptr, row, head, first, query_stride_b, query_stride_h, query_stride_t, ALIGNED
+        query_ptr, row, head, first, query_stride_b, query_stride_h, query_stride_t
     )
-    key_ptr, key_stride_t = find_vectors(key_ptr, row, head, first, key_stride_b, key_stride_h, key_stride_t, ALIGNED)
+    key_ptr, key_stride_t = find_vectors(key_ptr, row, head, first, key_stride_b, key_stride_h, key_stride_t)
     value_ptr, value_stride_t = find_vectors(
-        value_ptr, row, head, first, value_stride_b, value_stride_h, value_stride_t, ALIGNED
+        value_ptr, row, head, first, value_stride_b, value_stride_h, value_stride_t
     )
-    start, output_stride_t = find_vectors(
-        0, row, head, first, output_stride_b, output_stride_h, output_stride_t, ALIGNED
-    )
+    start, output_stride_t = find_vectors(0, row, head, first, output_stride_b, output_stride_h, output_stride_t)
 
-    query_along = project(
-        query_ptr, places, exists, query_stride_t, query_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK
-    )
-    key_along = project(key_ptr, places, is_key, key_stride_t, key_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
+    query_along = project(query_ptr, places, exists, query_stride_t, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
+    key_along = project(key_ptr, places, is_key, key_stride_t, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
     scores = tl.zeros((TILE, TILE), tl.float32)
     for chunk in range(0, WIDTH, CHUNK):
         query_first, query_second = load_turned(
-            query_ptr, places, exists, query_stride_t, query_stride_d, within,
+            query_ptr, places, exists, query_stride_t, within,
             table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
         )  # fmt: skip
         key_first, key_second = load_turned(
-            key_ptr, places, is_key, key_stride_t, key_stride_d, within,
+            key_ptr, places, is_key, key_stride_t, within,
             table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
         )  # fmt: skip
         scores = add_inner_products(scores, query_first, query_second, key_first, key_second, DOT_TYPE, PRECISION)
@@ -191,9 +185,7 @@ def diag_tile_backward_kernel(
         dropped = tl.maximum(weights, 0.0) * keep_scale
     dropped = dropped.to(MAP_TYPE)
     for chunk in range(0, WIDTH, CHUNK):
-        grad_first, grad_second = load_halves(
-            grad_ptr, places, exists, grad_stride_t, grad_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
-        )
+        grad_first, grad_second = load_halves(grad_ptr, places, exists, grad_stride_t, chunk, HEAD_DIM, WIDTH, CHUNK)
         grad_value_first = map_product(dropped, grad_first.to(MAP_TYPE), PRECISION)  # (TILE, CHUNK / 2)
         grad_value_second = map_product(dropped, grad_second.to(MAP_TYPE), PRECISION)
         store_halves(
@@ -203,11 +195,9 @@ def diag_tile_backward_kernel(
     # a loop of its own, which need not hold the map as an operand
     grad_weights = tl.zeros((TILE, TILE), tl.float32)
     for chunk in range(0, WIDTH, CHUNK):
-        grad_first, grad_second = load_halves(
-            grad_ptr, places, exists, grad_stride_t, grad_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
-        )
+        grad_first, grad_second = load_halves(grad_ptr, places, exists, grad_stride_t, chunk, HEAD_DIM, WIDTH, CHUNK)
         value_first, value_second = load_halves(
-            value_ptr, places, is_key, value_stride_t, value_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
+            value_ptr, places, is_key, value_stride_t, chunk, HEAD_DIM, WIDTH, CHUNK
         )
         grad_weights = add_inner_products(
             grad_weights, grad_first, grad_second, value_first, value_second, DOT_TYPE, PRECISION
@@ -224,7 +214,7 @@ def diag_tile_backward_kernel(
         grad_key_along = tl.zeros((TILE,), tl.float32)
         for chunk in range(0, WIDTH, CHUNK):
             key_first, key_second = load_turned(
-                key_ptr, places, is_key, key_stride_t, key_stride_d, within,
+                key_ptr, places, is_key, key_stride_t, within,
                 table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
             )  # fmt: skip
             grad_query_along += turn_back(
@@ -234,7 +224,7 @@ def diag_tile_backward_kernel(
             )[4]  # fmt: skip
         for chunk in range(0, WIDTH, CHUNK):  # again, because both forms of dS are too much to hold
             query_first, query_second = load_turned(
-                query_ptr, places, exists, query_stride_t, query_stride_d, within,
+                query_ptr, places, exists, query_stride_t, within,
                 table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
             )  # fmt: skip
             grad_key_along += turn_back(
@@ -244,7 +234,7 @@ def diag_tile_backward_kernel(
             )[4]  # fmt: skip
     for chunk in range(0, WIDTH, CHUNK):
         key_first, key_second = load_turned(
-            key_ptr, places, is_key, key_stride_t, key_stride_d, within,
+            key_ptr, places, is_key, key_stride_t, within,
             table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
         )  # fmt: skip
         key_first = key_first.to(DOT_TYPE)
@@ -252,7 +242,7 @@ def diag_tile_backward_kernel(
         grad_first = map_product(grad_scores_t, key_first.to(MAP_TYPE), PRECISION)
         grad_second = map_product(grad_scores_t, key_second.to(MAP_TYPE), PRECISION)
         query_first, query_second = load_turned(
-            query_ptr, places, exists, query_stride_t, query_stride_d, within,
+            query_ptr, places, exists, query_stride_t, within,
             table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
         )  # fmt: skip
         query_first = query_first.to(DOT_TYPE)
@@ -275,22 +265,20 @@ def diag_tile_backward_kernel(
 
 @triton.jit
 def load_row_statistics(
-    output_ptr, lse_ptr, grad_ptr, grad_stride_t, grad_stride_d, tokens, exists, stride_t,
+    output_ptr, lse_ptr, grad_ptr, grad_stride_t, tokens, exists, stride_t,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """rowsum(O ∘ dO), which is rowsum(P ∘ dP), and the log-sum-exp of some queries: (queries,) each."""
-    first, second = load_halves(output_ptr, tokens, exists, stride_t, 1, 0, HEAD_DIM, WIDTH, WIDTH)
-    grad_first, grad_second = load_halves(
-        grad_ptr, tokens, exists, grad_stride_t, grad_stride_d, 0, HEAD_DIM, WIDTH, WIDTH
-    )
+    first, second = load_halves(output_ptr, tokens, exists, stride_t, 0, HEAD_DIM, WIDTH, WIDTH)
+    grad_first, grad_second = load_halves(grad_ptr, tokens, exists, grad_stride_t, 0, HEAD_DIM, WIDTH, WIDTH)
     row_sums = tl.sum(first * grad_first + second * grad_second, 1)
     return row_sums, tl.load(lse_ptr + tokens, mask=exists, other=float("inf"))
 
 
 @triton.jit
 def split_map(
-    query_ptr, query_stride_t, query_stride_d, query_places, query_exists,  # pointers to the first of some tokens, of
-    key_ptr, key_stride_t, key_stride_d, key_places, is_key,  # which these are the places in the block
+    query_ptr, query_stride_t, query_places, query_exists,  # pointers to the first of some tokens, of
+    key_ptr, key_stride_t, key_places, is_key,  # which these are the places in the block
     places,  # 0, 1, 2, ...
     lse,  # of the queries; None for relu
     table_ptr, householder_ptr, seed_ptr, row_and_head, block_column, key_start, block_size, scale, dropout_p,
@@ -298,18 +286,16 @@ def split_map(
     PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """The map of some queries on some keys, dropped entries with a minus sign: (queries, keys) float32."""
-    query_along = project(
-        query_ptr, places, query_exists, query_stride_t, query_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK
-    )
-    key_along = project(key_ptr, places, is_key, key_stride_t, key_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
+    query_along = project(query_ptr, places, query_exists, query_stride_t, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
+    key_along = project(key_ptr, places, is_key, key_stride_t, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
     scores = tl.zeros((TILE, TILE), tl.float32)
     for chunk in range(0, WIDTH, CHUNK):
         query_first, query_second = load_turned(
-            query_ptr, places, query_exists, query_stride_t, query_stride_d, query_places,
+            query_ptr, places, query_exists, query_stride_t, query_places,
             table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
         )  # fmt: skip
         key_first, key_second = load_turned(
-            key_ptr, places, is_key, key_stride_t, key_stride_d, key_places,
+            key_ptr, places, is_key, key_stride_t, key_places,
             table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
         )  # fmt: skip
         scores = add_inner_products(scores, query_first, query_second, key_first, key_second, DOT_TYPE, PRECISION)
@@ -329,7 +315,7 @@ def split_map(
 
 @triton.jit
 def split_grad_of_map(
-    grad_ptr, grad_stride_t, grad_stride_d, query_exists, value_ptr, value_stride_t, value_stride_d, is_key, places,
+    grad_ptr, grad_stride_t, query_exists, value_ptr, value_stride_t, is_key, places,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, DOT_TYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -337,10 +323,10 @@ def split_grad_of_map(
     grad_weights = tl.zeros((TILE, TILE), tl.float32)
     for chunk in range(0, WIDTH, CHUNK):
         grad_first, grad_second = load_halves(
-            grad_ptr, places, query_exists, grad_stride_t, grad_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
+            grad_ptr, places, query_exists, grad_stride_t, chunk, HEAD_DIM, WIDTH, CHUNK
         )
         value_first, value_second = load_halves(
-            value_ptr, places, is_key, value_stride_t, value_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
+            value_ptr, places, is_key, value_stride_t, chunk, HEAD_DIM, WIDTH, CHUNK
         )
         grad_weights = add_inner_products(
             grad_weights, grad_first, grad_second, value_first, value_second, DOT_TYPE, PRECISION
@@ -348,12 +334,12 @@ def split_grad_of_map(
     return grad_weights
 
 
-@triton.jit(do_not_specialize=["seq_len", "num_sequences", "programs_per_row", "block_size"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def diag_split_backward_kernel(
-    grad_ptr, grad_stride_b, grad_stride_h, grad_stride_t, grad_stride_d,  # of the output
-    query_ptr, query_stride_b, query_stride_h, query_stride_t, query_stride_d,
-    key_ptr, key_stride_b, key_stride_h, key_stride_t, key_stride_d,
-    value_ptr, value_stride_b, value_stride_h, value_stride_t, value_stride_d,
+    grad_ptr, grad_stride_b, grad_stride_h, grad_stride_t,  # of the output
+    query_ptr, query_stride_b, query_stride_h, query_stride_t,
+    key_ptr, key_stride_b, key_stride_h, key_stride_t,
+    value_ptr, value_stride_b, value_stride_h, value_stride_t,
     output_ptr,  # the forward pass's; not for relu, as lse_ptr
     grad_query_ptr, grad_key_ptr, grad_value_ptr, output_stride_b, output_stride_h, output_stride_t,  # all four alike
     lse_ptr,
@@ -367,7 +353,6 @@ def diag_split_backward_kernel(
     num_heads, seq_len, num_sequences, programs_per_row, block_size,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Three programs for TILE tokens of one block and head: they are queries (dQ), keys (dV), keys (dK).
 
@@ -394,19 +379,15 @@ def diag_split_backward_kernel(
     lower = (begin - first).to(tl.int32)  # the places of the block that exist, which may begin before its sequence
     upper = (end - first).to(tl.int32)
     i_exist = (my_places >= lower) & (my_places < upper)
-    grad_ptr, grad_stride_t = find_vectors(
-        grad_ptr, row, head, first, grad_stride_b, grad_stride_h, grad_stride_t, ALIGNED
-    )
+    grad_ptr, grad_stride_t = find_vectors(grad_ptr, row, head, first, grad_stride_b, grad_stride_h, grad_stride_t)
     query_ptr, query_stride_t = find_vectors(
-        query_ptr, row, head, first, query_stride_b, query_stride_h, query_stride_t, ALIGNED
+        query_ptr, row, head, first, query_stride_b, query_stride_h, query_stride_t
     )
-    key_ptr, key_stride_t = find_vectors(key_ptr, row, head, first, key_stride_b, key_stride_h, key_stride_t, ALIGNED)
+    key_ptr, key_stride_t = find_vectors(key_ptr, row, head, first, key_stride_b, key_stride_h, key_stride_t)
     value_ptr, value_stride_t = find_vectors(
-        value_ptr, row, head, first, value_stride_b, value_stride_h, value_stride_t, ALIGNED
+        value_ptr, row, head, first, value_stride_b, value_stride_h, value_stride_t
     )
-    start, output_stride_t = find_vectors(
-        0, row, head, first, output_stride_b, output_stride_h, output_stride_t, ALIGNED
-    )
+    start, output_stride_t = find_vectors(0, row, head, first, output_stride_b, output_stride_h, output_stride_t)
     if not RELU:
         output_ptr += start
         lse_ptr += (row * num_heads + head) * seq_len + first
@@ -430,7 +411,7 @@ def diag_split_backward_kernel(
         lse = None
         if not RELU:
             row_sums, lse = load_row_statistics(
-                output_ptr + my_start * output_stride_t, lse_ptr + my_start, my_grad_ptr, grad_stride_t, grad_stride_d,
+                output_ptr + my_start * output_stride_t, lse_ptr + my_start, my_grad_ptr, grad_stride_t,
                 places, i_exist, output_stride_t, HEAD_DIM, WIDTH,
             )  # fmt: skip
         sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
@@ -446,20 +427,20 @@ def diag_split_backward_kernel(
                 is_key = tl.load(is_real_ptr + key_places, mask=is_key, other=0) != 0
             other_key_ptr = key_ptr + tl.cast(key_start, tl.int64) * key_stride_t
             weights = split_map(
-                my_query_ptr, query_stride_t, query_stride_d, my_places, i_exist_now,
-                other_key_ptr, key_stride_t, key_stride_d, key_places, is_key,
+                my_query_ptr, query_stride_t, my_places, i_exist_now,
+                other_key_ptr, key_stride_t, key_places, is_key,
                 places, lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, key_start,
                 block_size, scale, dropout_p, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
             )  # fmt: skip
             grad_weights = split_grad_of_map(
-                my_grad_ptr, grad_stride_t, grad_stride_d, i_exist_now,
-                value_ptr + tl.cast(key_start, tl.int64) * value_stride_t, value_stride_t, value_stride_d, is_key,
+                my_grad_ptr, grad_stride_t, i_exist_now,
+                value_ptr + tl.cast(key_start, tl.int64) * value_stride_t, value_stride_t, is_key,
                 places, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION,
             )  # fmt: skip
             grad_scores = grad_of_scores(weights, grad_weights, row_sums, seed_ptr, keep_scale, RELU)
             grad_scores = (grad_scores * scale).to(MAP_TYPE)
             key_first, key_second = load_turned(
-                other_key_ptr, places, is_key, key_stride_t, key_stride_d, key_places,
+                other_key_ptr, places, is_key, key_stride_t, key_places,
                 table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
             )  # fmt: skip
             sum_first = tl.dot(grad_scores, key_first.to(DOT_TYPE).to(MAP_TYPE), sum_first, input_precision=PRECISION)
@@ -467,7 +448,7 @@ def diag_split_backward_kernel(
                 grad_scores, key_second.to(DOT_TYPE).to(MAP_TYPE), sum_second, input_precision=PRECISION
             )
         my_first, my_second = load_turned(
-            my_query_ptr, places, i_exist, query_stride_t, query_stride_d, my_places,
+            my_query_ptr, places, i_exist, query_stride_t, my_places,
             table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
         )  # fmt: skip
         grad_theta = store_turned_back(
@@ -494,8 +475,8 @@ def diag_split_backward_kernel(
                 query_lse = tl.load(lse_ptr + query_start + places, mask=query_exists, other=float("inf"))
             weights = split_map(
                 query_ptr + tl.cast(query_start, tl.int64) * query_stride_t,
-                query_stride_t, query_stride_d, query_places, query_exists,
-                my_key_ptr, key_stride_t, key_stride_d, my_places, i_am_key_now,
+                query_stride_t, query_places, query_exists,
+                my_key_ptr, key_stride_t, my_places, i_am_key_now,
                 places, query_lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, part_start,
                 block_size, scale, dropout_p, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
             )  # fmt: skip
@@ -504,7 +485,7 @@ def diag_split_backward_kernel(
             weights = tl.trans(weights.to(MAP_TYPE))
             grad_first, grad_second = load_halves(
                 grad_ptr + tl.cast(query_start, tl.int64) * grad_stride_t, places, query_exists,
-                grad_stride_t, grad_stride_d, 0, HEAD_DIM, WIDTH, WIDTH,
+                grad_stride_t, 0, HEAD_DIM, WIDTH, WIDTH,
             )  # fmt: skip
             sum_first = tl.dot(weights, grad_first.to(MAP_TYPE), sum_first, input_precision=PRECISION)
             sum_second = tl.dot(weights, grad_second.to(MAP_TYPE), sum_second, input_precision=PRECISION)
@@ -528,29 +509,29 @@ def diag_split_backward_kernel(
         if not RELU:
             query_sums, query_lse = load_row_statistics(
                 output_ptr + tl.cast(query_start, tl.int64) * output_stride_t, lse_ptr + query_start,
-                other_grad_ptr, grad_stride_t, grad_stride_d, places, query_exists, output_stride_t, HEAD_DIM, WIDTH,
+                other_grad_ptr, grad_stride_t, places, query_exists, output_stride_t, HEAD_DIM, WIDTH,
             )  # fmt: skip
         grad_weights = split_grad_of_map(
-            other_grad_ptr, grad_stride_t, grad_stride_d, query_exists,
-            my_value_ptr, value_stride_t, value_stride_d, i_am_key_now,
+            other_grad_ptr, grad_stride_t, query_exists,
+            my_value_ptr, value_stride_t, i_am_key_now,
             places, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION,
         )  # fmt: skip
         weights = split_map(
-            other_query_ptr, query_stride_t, query_stride_d, query_places, query_exists,
-            my_key_ptr, key_stride_t, key_stride_d, my_places, i_am_key_now,
+            other_query_ptr, query_stride_t, query_places, query_exists,
+            my_key_ptr, key_stride_t, my_places, i_am_key_now,
             places, query_lse, table_ptr, householder_ptr, seed_ptr, row * num_heads + head, first, part_start,
             block_size, scale, dropout_p, HEAD_DIM, WIDTH, CHUNK, TILE, DOT_TYPE, PRECISION, CAUSAL, RELU,
         )  # fmt: skip
         grad_scores = grad_of_scores(weights, grad_weights, query_sums, seed_ptr, keep_scale, RELU)
         grad_scores = tl.trans((grad_scores * scale).to(MAP_TYPE))
         query_first, query_second = load_turned(
-            other_query_ptr, places, query_exists, query_stride_t, query_stride_d, query_places,
+            other_query_ptr, places, query_exists, query_stride_t, query_places,
             table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
         )  # fmt: skip
         sum_first = tl.dot(grad_scores, query_first.to(DOT_TYPE).to(MAP_TYPE), sum_first, input_precision=PRECISION)
         sum_second = tl.dot(grad_scores, query_second.to(DOT_TYPE).to(MAP_TYPE), sum_second, input_precision=PRECISION)
     my_first, my_second = load_turned(
-        my_key_ptr, places, i_am_key, key_stride_t, key_stride_d, my_places,
+        my_key_ptr, places, i_am_key, key_stride_t, my_places,
         table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
     )  # fmt: skip
     grad_theta = store_turned_back(

@@ -4,6 +4,7 @@ An overview of the kernels is in `diag_kernels_transnormer.py`.
 """
 
 from .diag_tiles_transnormer import (
+    UNSPECIALIZED,
     add_inner_products,
     find_vectors,
     load_halves,
@@ -42,11 +43,11 @@ def diag_table_kernel(
     tl.store(entries + block_size * (WIDTH // 2), sin, mask=is_inside)
 
 
-@triton.jit(do_not_specialize=["seq_len", "num_sequences", "programs_per_row", "block_size", "tile_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def diag_tile_forward_kernel(
-    query_ptr, query_stride_b, query_stride_h, query_stride_t, query_stride_d,  # (batch, heads, seq, head_dim)
-    key_ptr, key_stride_b, key_stride_h, key_stride_t, key_stride_d,
-    value_ptr, value_stride_b, value_stride_h, value_stride_t, value_stride_d,
+    query_ptr, query_stride_b, query_stride_h, query_stride_t,  # (batch, heads, seq, head_dim)
+    key_ptr, key_stride_b, key_stride_h, key_stride_t,
+    value_ptr, value_stride_b, value_stride_h, value_stride_t,
     output_ptr, output_stride_b, output_stride_h, output_stride_t,
     table_ptr, householder_ptr,  # (2, block_size, WIDTH / 2) cos and sin, (head_dim,)
     positions_ptr, positions_stride_b,  # (batch, seq) or (seq,) with stride 0
@@ -57,7 +58,6 @@ def diag_tile_forward_kernel(
     num_heads, seq_len, num_sequences, programs_per_row, block_size, tile_tokens,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: one head, `tile_tokens` <= TILE places, a whole number of blocks. Reads 3, writes 1 tile."""
     program = tl.program_id(0)
@@ -77,28 +77,26 @@ def diag_tile_forward_kernel(
     if is_real_ptr is not None:
         is_key = tl.load(is_real_ptr + (row * is_real_stride_b + first) + places, mask=exists, other=0) != 0
     query_ptr, query_stride_t = find_vectors(
-        query_ptr, row, head, first, query_stride_b, query_stride_h, query_stride_t, ALIGNED
+        query_ptr, row, head, first, query_stride_b, query_stride_h, query_stride_t
     )
-    key_ptr, key_stride_t = find_vectors(key_ptr, row, head, first, key_stride_b, key_stride_h, key_stride_t, ALIGNED)
+    key_ptr, key_stride_t = find_vectors(key_ptr, row, head, first, key_stride_b, key_stride_h, key_stride_t)
     value_ptr, value_stride_t = find_vectors(
-        value_ptr, row, head, first, value_stride_b, value_stride_h, value_stride_t, ALIGNED
+        value_ptr, row, head, first, value_stride_b, value_stride_h, value_stride_t
     )
     output_ptr, output_stride_t = find_vectors(
-        output_ptr, row, head, first, output_stride_b, output_stride_h, output_stride_t, ALIGNED
+        output_ptr, row, head, first, output_stride_b, output_stride_h, output_stride_t
     )
 
-    query_along = project(
-        query_ptr, places, exists, query_stride_t, query_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK
-    )
-    key_along = project(key_ptr, places, is_key, key_stride_t, key_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
+    query_along = project(query_ptr, places, exists, query_stride_t, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
+    key_along = project(key_ptr, places, is_key, key_stride_t, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
     scores = tl.zeros((TILE, TILE), tl.float32)
     for chunk in range(0, WIDTH, CHUNK):
         query_first, query_second = load_turned(
-            query_ptr, places, exists, query_stride_t, query_stride_d, within,
+            query_ptr, places, exists, query_stride_t, within,
             table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
         )  # fmt: skip
         key_first, key_second = load_turned(
-            key_ptr, places, is_key, key_stride_t, key_stride_d, within,
+            key_ptr, places, is_key, key_stride_t, within,
             table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
         )  # fmt: skip
         scores = add_inner_products(scores, query_first, query_second, key_first, key_second, DOT_TYPE, PRECISION)
@@ -118,7 +116,7 @@ def diag_tile_forward_kernel(
     weights = weights.to(MAP_TYPE)
     for chunk in range(0, WIDTH, CHUNK):
         value_first, value_second = load_halves(
-            value_ptr, places, is_key, value_stride_t, value_stride_d, chunk, HEAD_DIM, WIDTH, CHUNK
+            value_ptr, places, is_key, value_stride_t, chunk, HEAD_DIM, WIDTH, CHUNK
         )
         output_first = tl.dot(weights, value_first.to(MAP_TYPE), input_precision=PRECISION)  # (TILE, CHUNK / 2)
         output_second = tl.dot(weights, value_second.to(MAP_TYPE), input_precision=PRECISION)
@@ -128,11 +126,11 @@ def diag_tile_forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["seq_len", "num_sequences", "programs_per_row", "block_size"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def diag_split_forward_kernel(
-    query_ptr, query_stride_b, query_stride_h, query_stride_t, query_stride_d,  # (batch, heads, seq, head_dim)
-    key_ptr, key_stride_b, key_stride_h, key_stride_t, key_stride_d,
-    value_ptr, value_stride_b, value_stride_h, value_stride_t, value_stride_d,
+    query_ptr, query_stride_b, query_stride_h, query_stride_t,  # (batch, heads, seq, head_dim)
+    key_ptr, key_stride_b, key_stride_h, key_stride_t,
+    value_ptr, value_stride_b, value_stride_h, value_stride_t,
     output_ptr, output_stride_b, output_stride_h, output_stride_t,
     lse_ptr,  # (batch, heads, seq) float32: log of the sum of exp(scores), +inf where no key is visible; not for relu
     table_ptr, householder_ptr,
@@ -144,7 +142,6 @@ def diag_split_forward_kernel(
     num_heads, seq_len, num_sequences, programs_per_row, block_size,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE queries of one block and head against the block's keys, with a running softmax."""
     program = tl.program_id(0)
@@ -162,21 +159,19 @@ def diag_split_forward_kernel(
     upper = (end - first).to(tl.int32)
     query_exists = (query_places >= lower) & (query_places < upper)
     query_ptr, query_stride_t = find_vectors(
-        query_ptr, row, head, first + part_start, query_stride_b, query_stride_h, query_stride_t, ALIGNED
+        query_ptr, row, head, first + part_start, query_stride_b, query_stride_h, query_stride_t
     )
-    key_ptr, key_stride_t = find_vectors(key_ptr, row, head, first, key_stride_b, key_stride_h, key_stride_t, ALIGNED)
+    key_ptr, key_stride_t = find_vectors(key_ptr, row, head, first, key_stride_b, key_stride_h, key_stride_t)
     value_ptr, value_stride_t = find_vectors(
-        value_ptr, row, head, first, value_stride_b, value_stride_h, value_stride_t, ALIGNED
+        value_ptr, row, head, first, value_stride_b, value_stride_h, value_stride_t
     )
     output_ptr, output_stride_t = find_vectors(
-        output_ptr, row, head, first + part_start, output_stride_b, output_stride_h, output_stride_t, ALIGNED
+        output_ptr, row, head, first + part_start, output_stride_b, output_stride_h, output_stride_t
     )
     if not RELU:
         lse_ptr += (row * num_heads + head) * seq_len + first + part_start
 
-    query_along = project(
-        query_ptr, places, query_exists, query_stride_t, query_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK
-    )
+    query_along = project(query_ptr, places, query_exists, query_stride_t, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
     output_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
     output_second = tl.zeros((TILE, WIDTH // 2), tl.float32)
     highest = tl.full((TILE,), float("-inf"), tl.float32)
@@ -190,18 +185,16 @@ def diag_split_forward_kernel(
         if is_real_ptr is not None:
             is_key = tl.load(is_real_ptr + (row * is_real_stride_b + first) + key_places, mask=is_key, other=0) != 0
         other_key_ptr = key_ptr + tl.cast(key_start, tl.int64) * key_stride_t
-        key_along = project(
-            other_key_ptr, places, is_key, key_stride_t, key_stride_d, householder_ptr, HEAD_DIM, WIDTH, CHUNK
-        )
+        key_along = project(other_key_ptr, places, is_key, key_stride_t, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
         scores = tl.zeros((TILE, TILE), tl.float32)
         for chunk in range(0, WIDTH, CHUNK):
             # where there is one chunk, the compiler reads it once, before the loop over the keys
             query_first, query_second = load_turned(
-                query_ptr, places, query_exists, query_stride_t, query_stride_d, query_places,
+                query_ptr, places, query_exists, query_stride_t, query_places,
                 table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
             )  # fmt: skip
             key_first, key_second = load_turned(
-                other_key_ptr, places, is_key, key_stride_t, key_stride_d, key_places,
+                other_key_ptr, places, is_key, key_stride_t, key_places,
                 table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,
             )  # fmt: skip
             scores = add_inner_products(scores, query_first, query_second, key_first, key_second, DOT_TYPE, PRECISION)
@@ -232,7 +225,6 @@ def diag_split_forward_kernel(
             places,
             is_key,
             value_stride_t,
-            value_stride_d,
             0,
             HEAD_DIM,
             WIDTH,

@@ -139,12 +139,8 @@ def kernel_constants(
     causal: bool,
     relu: bool,
     interpreted: bool = False,
-    aligned: bool = True,
 ) -> dict[str, Any]:
-    """The constexprs of a kernel ("tile_forward", "split_backward", ...).
-
-    aligned: the strides are multiples of 8, as those of the usual layouts are, because head_dim is one.
-    """
+    """The constexprs of a kernel ("tile_forward", "split_backward", ...)."""
     return {
         "HEAD_DIM": head_dim,
         "WIDTH": width_of(head_dim),
@@ -156,7 +152,6 @@ def kernel_constants(
         "PRECISION": dot_precision(target, dtype),
         "CAUSAL": causal,
         "RELU": relu,
-        "ALIGNED": aligned,
     }
 
 
@@ -191,9 +186,6 @@ def _variants(kernel: Any, name: str) -> Callable[[str, str, int], Iterator[Kern
         for tile in sorted(tiles):
             for use_name, use in _USES.items():
                 constexprs = kernel_constants(name, target, dtype, head_dim, tile, use.causal, use.relu)
-                constexprs |= dict.fromkeys(
-                    (argument for argument in kernel.arg_names if argument.endswith("stride_d")), 1
-                )
                 types: dict[str, str | None] = dict.fromkeys(("scale", "dropout_p", "keep_scale"), "fp32")
                 types |= {argument: f"*{dtype}" for argument in kernel.arg_names if argument.endswith("_ptr")}
                 types |= dict.fromkeys(

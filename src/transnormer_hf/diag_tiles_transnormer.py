@@ -3,11 +3,24 @@
 An overview of the kernels is in `diag_kernels_transnormer.py`.
 """
 
+from .triton_features_transnormer import STRIDE_UNIT
+
 try:
     import triton
     import triton.language as tl
 except ImportError as error:
     raise ImportError("The Triton kernels need the triton package: pip install triton.") from error
+
+# The length, what follows from it, and strides must not make Triton compile anew. What it has to know of strides, their
+# unit says.
+LENGTHS = ["seq_len", "num_sequences", "programs_per_row", "block_size", "tile_tokens"]
+TENSORS = ["grad", "query", "key", "value", "output"]
+UNSPECIALIZED = [
+    *LENGTHS,
+    *(f"{tensor}_stride_{axis}" for tensor in TENSORS for axis in "bht"),
+    "positions_stride_b",
+    "is_real_stride_b",
+]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where a program's tokens stand
@@ -64,18 +77,10 @@ def locate_tile(
 
 
 @triton.jit
-def find_vectors(pointer, row, head, token, stride_b, stride_h, stride_t, ALIGNED: tl.constexpr):
-    """The pointer to one head's vector of a token, and the stride from there to the next token's.
-
-    ALIGNED: all three strides are multiples of 8. All that the compiler knows of an argument is whether it is a
-    multiple of 16, which a head's stride is not where head_dim is 200: it would load every number by itself, with an
-    address for each in a register. The shifts change nothing but that.
-    """
-    if ALIGNED:
-        stride_b = (stride_b >> 3) << 3
-        stride_h = (stride_h >> 3) << 3
-        stride_t = (stride_t >> 3) << 3
-    return pointer + (row * stride_b + head * stride_h + token * stride_t), stride_t
+def find_vectors(pointer, row, head, token, stride_b, stride_h, stride_t):
+    """The pointer to one head's vector of a token, and the elements from there to the next token's."""
+    stride_t *= STRIDE_UNIT
+    return pointer + ((row * stride_b + head * stride_h) * STRIDE_UNIT + token * stride_t), stride_t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,14 +95,14 @@ def find_vectors(pointer, row, head, token, stride_b, stride_h, stride_t, ALIGNE
 
 @triton.jit
 def load_halves(
-    pointer, tokens, exists, stride_t, stride_d, chunk, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
+    pointer, tokens, exists, stride_t, chunk, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
 ):
     """One head's vectors of some tokens, zeros where there is none: two (tokens, CHUNK / 2) float32."""
     rows = pointer + tokens[:, None] * stride_t
     channels = chunk + tl.arange(0, CHUNK // 2)[None, :]
-    first = tl.load(rows + channels * stride_d, mask=exists[:, None] & (channels < HEAD_DIM), other=0.0)
+    first = tl.load(rows + channels, mask=exists[:, None] & (channels < HEAD_DIM), other=0.0)
     channels += CHUNK // 2
-    second = tl.load(rows + channels * stride_d, mask=exists[:, None] & (channels < HEAD_DIM), other=0.0)
+    second = tl.load(rows + channels, mask=exists[:, None] & (channels < HEAD_DIM), other=0.0)
     return first.to(tl.float32), second.to(tl.float32)
 
 
@@ -134,19 +139,19 @@ def load_table(places, exists, table_ptr, block_size, chunk, WIDTH: tl.constexpr
 
 @triton.jit
 def load_and_project(
-    pointer, tokens, exists, stride_t, stride_d, householder_ptr, chunk, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr
+    pointer, tokens, exists, stride_t, householder_ptr, chunk, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr
 ):
     """A chunk of some vectors x, (tokens, CHUNK), of the reflection v, (1, CHUNK), and 2 x · v of that chunk."""
     channels = chunk + tl.arange(0, CHUNK)
     householder = tl.load(householder_ptr + channels, mask=channels < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
-    pointers = pointer + tokens[:, None] * stride_t + channels[None, :] * stride_d
+    pointers = pointer + tokens[:, None] * stride_t + channels[None, :]
     whole = tl.load(pointers, mask=exists[:, None] & (channels < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
     return whole, householder, 2 * tl.sum(whole * householder, 1)
 
 
 @triton.jit
 def project(
-    pointer, tokens, exists, stride_t, stride_d, householder_ptr,
+    pointer, tokens, exists, stride_t, householder_ptr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """2 x · v over all chunks, (tokens,): how far the reflection (I - 2 v v^T) x moves x along -v.
@@ -158,15 +163,13 @@ def project(
     else:
         along = tl.zeros((tokens.shape[0],), tl.float32)
         for chunk in range(0, WIDTH, CHUNK):
-            along += load_and_project(
-                pointer, tokens, exists, stride_t, stride_d, householder_ptr, chunk, HEAD_DIM, CHUNK
-            )[2]
+            along += load_and_project(pointer, tokens, exists, stride_t, householder_ptr, chunk, HEAD_DIM, CHUNK)[2]
         return along
 
 
 @triton.jit
 def load_turned(
-    pointer, tokens, exists, stride_t, stride_d, places, table_ptr, householder_ptr, block_size, along,
+    pointer, tokens, exists, stride_t, places, table_ptr, householder_ptr, block_size, along,
     chunk, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Queries or keys with LRPE, where there is one. along: their `project`.
@@ -179,7 +182,7 @@ def load_turned(
     if table_ptr is not None:
         cos, sin = load_table(places, exists, table_ptr, block_size, chunk, WIDTH, CHUNK)
         whole, householder, along_chunk = load_and_project(
-            pointer, tokens, exists, stride_t, stride_d, householder_ptr, chunk, HEAD_DIM, CHUNK
+            pointer, tokens, exists, stride_t, householder_ptr, chunk, HEAD_DIM, CHUNK
         )
         if along is None:
             along = along_chunk
@@ -187,7 +190,7 @@ def load_turned(
         even, odd = tl.split(tl.reshape(whole, (tokens.shape[0], CHUNK // 2, 2)))
         return tl.sum(tl.join(even * cos, -odd * sin), 2), tl.sum(tl.join(even * sin, odd * cos), 2)
     else:
-        return load_halves(pointer, tokens, exists, stride_t, stride_d, chunk, HEAD_DIM, WIDTH, CHUNK)
+        return load_halves(pointer, tokens, exists, stride_t, chunk, HEAD_DIM, WIDTH, CHUNK)
 
 
 @triton.jit

@@ -273,10 +273,9 @@ class CompileArguments(NamedTuple):
 def compile_arguments(spec: KernelSpec, variant: KernelVariant) -> CompileArguments:
     """Signature, constants and attributes of a variant, as the run time would specialise it.
 
-    Pointers are multiples of 16, and so are strides where head_dim is; sizes are not, and nothing is known of what a
+    Pointers are multiples of 16, and so are the strides of whole rows; sizes are not, and nothing is known of what a
     kernel does not specialise.
     """
-    aligned = variant.constexprs.get("HEAD_DIM", 16) % 16 == 0
     unknown = set(getattr(spec.function, "do_not_specialize", ()))
     signature: dict[str, str] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -285,6 +284,6 @@ def compile_arguments(spec: KernelSpec, variant: KernelVariant) -> CompileArgume
             signature[name] = "constexpr"
             continue
         signature[name] = variant.types.get(name, "i32")
-        if signature[name].startswith("*") or (aligned and "stride" in name and name not in unknown):
+        if signature[name].startswith("*") or ("stride" in name and name not in unknown):
             attrs[(index,)] = [["tt.divisibility", 16]]
     return CompileArguments(signature, dict(variant.constexprs), attrs)
