@@ -302,6 +302,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
         "query_backward": (16, 8, 1),
         "key_value_backward": (16, 8, 1),
         "scan": (16, 8, 2, 2),
+        "scan_backward": (16, 8, 1, 2),
     },
     ("gfx", "bf16", True): {
         "key_value_backward": (16, 8, 1),
