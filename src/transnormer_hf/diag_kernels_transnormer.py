@@ -126,7 +126,7 @@ def launch_options(kernel: str, target: str, dtype: str, head_dim: int, tile: in
     elif kernel == "split_forward":
         warps = 8 if tile * width_of(head_dim) > 64 * 64 else 4
     else:
-        warps = 8 if kernel.endswith("backward") or (dtype == "fp32" and width_of(head_dim) > 128) else 4
+        warps = 8 if kernel.endswith("backward") or (dtype == "fp32" and width_of(head_dim) > 32) else 4
     return {"num_warps": warps, "num_stages": 1}
 
 
