@@ -278,7 +278,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
     },
     ("sm_90", "fp16", True): {"key_value_backward": (32, 8, 1, 2)},
     ("sm_90", "fp32", False): {
-        "state": (64, 4, 1),
+        "state": (32, 4, 2),
         "output": (64, 8, 2),
         "query_backward": (16, 8, 1),
         "key_value_backward": (16, 8, 1),
