@@ -120,14 +120,20 @@ def chunk_of(kernel: str, dtype: str, head_dim: int) -> int:
 
 
 def launch_options(kernel: str, target: str, dtype: str, head_dim: int, tile: int) -> dict[str, int]:
-    """num_warps and num_stages of a kernel ("tile_forward", "split_backward", ...) for a plan's tile."""
+    """num_warps and num_stages of a kernel ("tile_forward", "split_backward", ...) for a plan's tile.
+
+    maxnreg: without it the assembler may spill some registers, for as few of them that two programs fit at a time.
+    """
     if target_family(target) == "amd":  # whose warps have 64 threads, of up to 512 registers
         warps = 4
     elif kernel == "split_forward":
         warps = 8 if tile * width_of(head_dim) > 64 * 64 else 4
     else:
         warps = 8 if kernel.endswith("backward") or (dtype == "fp32" and width_of(head_dim) > 32) else 4
-    return {"num_warps": warps, "num_stages": 1}
+    options = {"num_warps": warps, "num_stages": 1}
+    if kernel == "split_backward" and target_family(target) != "amd":
+        options["maxnreg"] = 255
+    return options
 
 
 def kernel_constants(
