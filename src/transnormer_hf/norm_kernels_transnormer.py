@@ -289,7 +289,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
     },
     ("sm_100", "bf16", False): {"key_value_backward": (16, 4, 1)},
     ("sm_100", "fp32", False): {
-        "state": (64, 4, 1),
+        "state": (32, 4, 2),
         "output": (64, 8, 2),
         "query_backward": (32, 8, 1),
         "key_value_backward": (32, 8, 1),
