@@ -288,6 +288,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
         "short_backward": (16, 4, 1, 4),
     },
     ("sm_100", "bf16", False): {"key_value_backward": (16, 4, 1)},
+    ("sm_100", "fp16", False): {"key_value_backward": (16, 4, 1)},
     ("sm_100", "fp32", False): {
         "state": (32, 4, 2),
         "output": (64, 8, 2),
