@@ -286,6 +286,8 @@ GLU_BEATS_FFN = next(claim for claim in reproduction_report.CLAIMS if claim.bett
         ([10.0, 10.1], [12.0, None], "holds"),
         ([None, None], [None, None], "not decided"),
         ([None, None], [10.0, 10.1], "does not hold"),
+        ([10.0], [10.1], "not decided"),
+        ([10.1], [10.0], "not decided"),
     ],
 )
 def test_a_conclusion_follows_the_numbers(better, worse, verdict):

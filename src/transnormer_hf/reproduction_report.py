@@ -1,7 +1,7 @@
 """What the cells of `reproduction.py` found, as Markdown and figures: tables, their order, and conclusions.
 
 Every sentence about a figure is made from the cells' files. Where there are several seeds, a difference that is smaller
-than the spread between them decides nothing.
+than the spread between them decides nothing; where there is one, a difference of less than 2 %.
 """
 
 import math
@@ -96,6 +96,9 @@ CLAIMS = (
 )
 
 
+TOO_SMALL = 0.02  # relative difference that decides nothing where there is one seed
+
+
 # ---- Numbers ----
 
 
@@ -156,6 +159,8 @@ def judge(claim: Claim, column: str, results: Sequence[Result]) -> str | None:
         verdict = "not decided: both diverged"
     elif len(seeds) > 1 and abs(margin) <= (noise := max(spread(ours), spread(theirs))) < math.inf:
         verdict = f"not decided: the difference of {margin:.3g} is within the spread between seeds of {noise:.3g}"
+    elif len(seeds) == 1 and abs(margin) < TOO_SMALL * max(mean(ours), mean(theirs)) < math.inf:
+        verdict = f"not decided: one seed, and a difference of less than {TOO_SMALL:.0%}"
     elif margin <= 0:
         verdict = "does not hold"
     elif claim.factor > 1 and mean(theirs) < claim.factor * mean(ours):
@@ -163,7 +168,7 @@ def judge(claim: Claim, column: str, results: Sequence[Result]) -> str | None:
     else:
         verdict = "holds"
     detail = f"{claim.better} {number(mean(ours))}, {claim.worse} {number(mean(theirs))}"
-    if len(seeds) == 1:
+    if len(seeds) == 1 and "one seed" not in verdict:
         detail += "; one seed"
     return f"{claim.text}{f' ({column.upper()})' if column else ''}: **{verdict}** ({detail})."
 
@@ -242,7 +247,8 @@ def markdown(results: Sequence[Result], images: Sequence[str] = ()) -> str:
 INTRODUCTION = """Made by `scripts/reproduce.py` from the files in `cells/`, sentences included. The paper's figures are
 of models a hundred times as large, on other data and tokens: their sizes cannot be compared with ours, but the order of
 the rows can, and whether a conclusion holds at this scale. Where a cell was run with several seeds, the table has the
-mean, and what each seed found in brackets; a difference within the spread between the seeds decides nothing."""
+mean, and what each seed found in brackets; a difference within the spread between the seeds decides nothing, nor does
+one of less than 2 % where there is one seed."""
 
 
 def describe_settings(results: Sequence[Result]) -> list[str]:
@@ -356,6 +362,8 @@ def draw_curves(results: Sequence[Result]) -> list[str]:
     if {"Vanilla", "1+elu"} <= set(known):
         vanilla, linear = (dict(zip(*known[row], strict=True))[0.4] for row in ("Vanilla", "1+elu"))
         verdict = "holds" if vanilla > linear else "does not hold"
+        if abs(vanilla - linear) < TOO_SMALL:
+            verdict = "not decided"
         parts.append(
             f"- Vanilla attention is more local than 1+elu (the paper: 0.8 against 0.4 at r = 0.4): **{verdict}**"
             f" ({vanilla:.2f} against {linear:.2f}; a uniform map has 0.40)."
