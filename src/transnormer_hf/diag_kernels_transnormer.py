@@ -129,9 +129,10 @@ def launch_options(kernel: str, target: str, dtype: str, head_dim: int, tile: in
     elif kernel == "split_forward":
         warps = 8 if tile * width_of(head_dim) > 64 * 64 else 4
     else:
-        warps = 8 if kernel.endswith("backward") or (dtype == "fp32" and width_of(head_dim) > 32) else 4
+        few = 32 if dtype == "fp32" else 64
+        warps = 8 if kernel.endswith("backward") or width_of(head_dim) > few else 4
     options = {"num_warps": warps, "num_stages": 1}
-    if kernel == "split_backward" and target_family(target) != "amd":
+    if kernel.endswith("backward") and target_family(target) != "amd":
         options["maxnreg"] = 255
     return options
 

@@ -295,9 +295,9 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
         "query_backward": (32, 8, 1),
         "key_value_backward": (32, 8, 1),
         "scan": (16, 8, 2),
-        "scan_backward": (16, 8, 1, 2),
+        "scan_backward": (16, 8, 1, 4),
         "short": (16, 4, 1),
-        "short_backward": (16, 8, 1),
+        "short_backward": (16, 4, 1, 4),
     },
     ("gfx", "fp16", True): {
         "query_backward": (16, 8, 1),
