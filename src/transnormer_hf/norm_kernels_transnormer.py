@@ -274,7 +274,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
         "scan": (16, 8, 2),
         "scan_backward": (16, 8, 1, 4),
         "short": (16, 4, 1),
-        "short_backward": (16, 8, 1, 4),
+        "short_backward": (16, 8, 1, 2),
     },
     ("sm_90", "fp16", True): {"key_value_backward": (16, 8, 1)},
     ("sm_90", "fp32", False): {
