@@ -297,7 +297,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
         "scan": (16, 8, 2),
         "scan_backward": (16, 8, 1, 4),
         "short": (16, 4, 1),
-        "short_backward": (16, 4, 1, 4),
+        "short_backward": (16, 8, 1),
     },
     ("gfx", "fp16", True): {
         "query_backward": (16, 8, 1),
