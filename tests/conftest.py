@@ -1,3 +1,4 @@
+import logging
 import os
 
 # Before anything imports transformers or triton: no test reaches for the network, kernels run in the interpreter.
@@ -15,6 +16,15 @@ import transnormer_hf  # noqa: F401  (registers the Auto classes)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """The scripts set it, and some tests call their `main`."""
+    logger = logging.getLogger("transnormer_hf")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
