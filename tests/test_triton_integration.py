@@ -20,6 +20,7 @@ from transnormer_hf import (
     rms_kernels_transnormer,
 )
 from transnormer_hf.diag_autograd_transnormer import diag_attention_forward
+from transnormer_hf.diag_kernels_transnormer import KERNELS as DIAG_KERNELS
 from transnormer_hf.features_transnormer import LRPE
 from transnormer_hf.norm_autograd_transnormer import (
     norm_attention_backward,
@@ -264,19 +265,18 @@ def test_padding_does_not_leak(causal):
         torch.testing.assert_close(found_state, state, rtol=1e-5, atol=1e-4)
 
 
-LENGTHS = {"seq_len", "segment_length", "segments_per_sequence", "num_states", "num_rows", "position_batch_stride"}
-
-
-def test_lengths_are_no_key_of_the_compiler():
-    """Autotuning whenever lengths vary: a new length compiles and tunes nothing."""
-    for spec in KERNELS:
-        source = Path(sys.modules[spec.function.fn.__module__].__file__).read_text()
-        assert "autotune" not in source
-        names = set(spec.function.arg_names) & LENGTHS
-        constexprs = {name for variant in spec.variants("sm_80", "bf16", 64) for name in variant.constexprs}
-        assert not names & constexprs
-        if not isinstance(spec.function, type(KERNELS[0].function)):
-            assert names <= set(spec.function.do_not_specialize)
+@pytest.mark.parametrize("spec", [*KERNELS, *DIAG_KERNELS], ids=lambda spec: spec.name)
+def test_neither_lengths_nor_strides_are_a_key_of_the_compiler(spec):
+    """Autotuning whenever lengths vary: a new length compiles and tunes nothing, nor does a view of other strides."""
+    assert "autotune" not in Path(sys.modules[spec.function.fn.__module__].__file__).read_text()
+    constexprs = {name for variant in spec.variants("sm_80", "bf16", 64) for name in variant.constexprs}
+    # the widths of whole rows are no lengths, and neither is the number of heads
+    of_the_model = {"num_heads", "eps", "scale", "dropout_p", "keep_scale"}
+    of_the_model |= {name for name in spec.function.arg_names if spec.name.startswith("rms") and "stride" in name}
+    integers = {name for name in spec.function.arg_names if name.islower() and not name.endswith("_ptr")} - of_the_model
+    assert integers
+    assert not integers & constexprs
+    assert integers <= set(spec.function.kwargs["do_not_specialize"])
 
 
 def test_sums_use_no_atomics():
