@@ -130,8 +130,8 @@ def write_key_value_gradients(
 ):  # fmt: skip
     """dk'_t = v_t dS^T and dv_t = k'_t dS. Returns theta_grad with each angle's part in theta's gradient added."""
     state_grads = cast_states(state_grads, WIDE, PARTS)
-    for step in tl.range(0, tl.cdiv(end - begin, BLOCK_T), disable_licm=True):
-        start = begin + step * BLOCK_T
+    for offset in tl.range(0, end - begin, BLOCK_T, disable_licm=True):
+        start = begin + offset
         rows = start + tl.arange(0, BLOCK_T)
         inside = rows < end
         keep = keep_real(real_ptr, rows, inside)

@@ -295,7 +295,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
         "query_backward": (32, 8, 1),
         "key_value_backward": (32, 8, 1),
         "scan": (16, 8, 2),
-        "scan_backward": (16, 8, 1, 4),
+        "scan_backward": (16, 8, 1),
         "short": (16, 4, 1),
         "short_backward": (16, 8, 1),
     },
@@ -318,11 +318,13 @@ def kernel_constants(
 ) -> dict[str, Any]:
     """The constexprs that all kernels take the same way.
 
-    Products of float32 inputs are sums of six bfloat16 products on NVIDIA (error below 2^-22, at the speed of three of
-    TF32, whose operands take a third more registers) and are done by the float32 matrix instruction on AMD.
+    Products of float32 inputs are sums of three TF32 products on NVIDIA. Where operands lie in registers, they are sums
+    of six bfloat16 products (error below 2^-22, at the same speed): those of TF32 take a third more of them. AMD has a
+    float32 matrix instruction.
     """
     precision = dot_precision(target, dtype)
-    if dtype == "fp32" and target.startswith("sm_") and not interpreted:  # the interpreter knows no such product
+    in_registers = target.startswith("sm_") and _generation(target) != "sm_100"
+    if dtype == "fp32" and in_registers and not interpreted:  # the interpreter knows no such product
         precision = "bf16x6"
     return {
         "FEATURE_MAP": feature_map,
