@@ -285,7 +285,7 @@ _SMALLER_TILES: dict[tuple[str, str, bool], dict[str, tuple[int, ...]]] = {
         "scan": (16, 8, 2),
         "scan_backward": (16, 8, 1, 2),
         "short": (16, 4, 1),
-        "short_backward": (16, 4, 1, 4),
+        "short_backward": (16, 8, 1),
     },
     ("sm_100", "bf16", False): {"key_value_backward": (16, 4, 1)},
     ("sm_100", "fp16", False): {"key_value_backward": (16, 4, 1), "scan": (32, 8, 2)},
