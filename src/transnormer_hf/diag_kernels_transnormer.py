@@ -115,6 +115,8 @@ def chunk_of(kernel: str, dtype: str, head_dim: int) -> int:
     """Channels that a program has in registers at a time, but for the sums of the split kernels."""
     if kernel == "split_forward":
         return min(width_of(head_dim), 64 if dtype == "fp32" else 256)
+    if kernel == "split_backward" and dtype != "fp32" and width_of(head_dim) > 64:
+        return width_of(head_dim) // 2
     is_wide = dtype == "fp32" or kernel.endswith("backward")
     return min(width_of(head_dim), 32 if is_wide else 64)
 
@@ -127,12 +129,12 @@ def launch_options(kernel: str, target: str, dtype: str, head_dim: int, tile: in
     if target_family(target) == "amd":  # whose warps have 64 threads, of up to 512 registers
         warps = 4
     elif kernel == "split_forward":
-        warps = 8 if tile * width_of(head_dim) > 64 * 64 else 4
+        warps = 8 if dtype == "fp32" and width_of(head_dim) > 64 else 4
     else:
         few = 32 if dtype == "fp32" else 64
         warps = 8 if kernel.endswith("backward") or width_of(head_dim) > few else 4
     options = {"num_warps": warps, "num_stages": 1}
-    if kernel.endswith("backward") and target_family(target) != "amd":
+    if kernel != "tile_forward" and target_family(target) != "amd":
         options["maxnreg"] = 255
     return options
 
