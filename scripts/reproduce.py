@@ -91,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     text = describe_text(options)
     data = {"mlm": text, "glue": describe_glue(options), "lra": describe_arena(options)}
-    cells = plan_cells(options.table, options.seeds, scale(options.budget), data)
+    size = scale(options.budget)
+    if options.max_steps is not None:
+        size = size._replace(steps=options.max_steps)
+    cells = plan_cells(options.table, options.seeds, size, data)
     check_folder(options.output_dir, cells, read_cells(options.output_dir))
     if options.list:
         print(list_cells(options.output_dir, cells))
@@ -107,6 +110,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", nargs="+", default=list(ABLATION_TABLES), help=f"one or more of {', '.join(TABLES)}")
     parser.add_argument("--budget", type=float, default=1.0, help="1: some ten minutes a cell on one core")
+    parser.add_argument("--max_steps", type=int, help="steps of a training, instead of those of the budget")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--train_file", type=Path, help=f"text to learn from; default: {' '.join(HUB_TEXT)} on the Hub")
     parser.add_argument("--validation_file", type=Path, help="text to measure on")
@@ -131,6 +135,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{argument} {' '.join(map(str, values))}: names one twice.")
     if not options.budget > 0:
         parser.error(f"--budget {options.budget}: must be greater than 0.")
+    if options.max_steps is not None and options.max_steps < 2:
+        parser.error(f"--max_steps {options.max_steps}: must be at least 2.")
     if not options.max_minutes > 0:
         parser.error(f"--max_minutes {options.max_minutes}: must be greater than 0.")
     if (options.train_file is None) != (options.validation_file is None):

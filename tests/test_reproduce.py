@@ -19,8 +19,6 @@ def run(articles, tmp_path, monkeypatch):
     """Runs the script on a tiny text, with models of two steps; returns its folder."""
     text = tmp_path / "text.txt"
     text.write_text(articles * 4)
-    monkeypatch.setattr(reproduction, "LENGTH", 64)
-    monkeypatch.setattr(reproduce, "LENGTH", 64)
     monkeypatch.setattr(reproduction, "LAYERS", 2)
     monkeypatch.setattr(reproduction, "EVALUATION_ROWS", 4)
     monkeypatch.setattr(reproduce, "VOCAB_SIZE", 300)
@@ -212,6 +210,7 @@ def test_every_other_table_runs(run, tmp_path, monkeypatch):
         (["--table", "9", "9"], "--table 9 9: names one twice"),
         (["--seeds", "1", "1"], "--seeds 1 1: names one twice"),
         (["--budget", "0"], "--budget 0.0: must be greater than 0"),
+        (["--max_steps", "1"], "--max_steps 1: must be at least 2"),
         (["--max_minutes", "0"], "--max_minutes 0.0: must be greater than 0"),
         (["--train_file", "no.txt"], "--train_file and --validation_file belong together"),
         (["--train_file", "no.txt", "--validation_file", "no.txt"], "--train_file no.txt: no such file"),
@@ -241,6 +240,19 @@ def test_a_budget_scales_steps_and_width():
     assert scale(1e-9) == (32, 2)
     with pytest.raises(ValueError, match=r"--budget -1 must be greater than 0"):
         scale(-1)
+
+
+def test_rows_and_blocks_are_as_many_times_shorter_as_each_other():
+    blocks = {cell.row: cell.settings["model"]["block_size"] for cell in plan_cells(["11"], [1], scale(1), DATA)}
+    assert blocks == {"block 32": 4, "block 64": 8, "block 128": 16}
+    lengths = {cell.settings["training"]["max_seq_length"] for cell in plan_cells(["11"], [1], scale(1), DATA)}
+    assert lengths == {512 // 8}  # the paper's 512 tokens
+
+
+def test_steps_can_be_set_apart_from_the_budget(run, trainings):
+    run("--table", "10", "--max_steps", "7")
+    assert {settings["training"]["max_steps"] for settings in trainings} == {7}
+    assert {settings["model"]["hidden_size"] for settings in trainings} == {32}
 
 
 def test_every_table_has_cells_of_its_own_names():

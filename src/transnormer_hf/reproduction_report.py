@@ -246,26 +246,26 @@ def markdown(results: Sequence[Result], images: Sequence[str] = ()) -> str:
 
 INTRODUCTION = """Made by `scripts/reproduce.py` from the files in `cells/`, sentences included. The paper's figures are
 of models a hundred times as large, on other data and tokens: their sizes cannot be compared with ours, but the order of
-the rows can, and whether a conclusion holds at this scale. Where a cell was run with several seeds, the table has the
-mean, and what each seed found in brackets; a difference within the spread between the seeds decides nothing, nor does
-one of less than 2 % where there is one seed."""
+the rows can, and whether a conclusion holds at this scale. Texts and blocks are an eighth as long as the paper's: what
+is called a block of 64 tokens, as there, has 8 here. Where a cell was run with several seeds, the table has the mean,
+and what each seed found in brackets; a difference within the spread between the seeds decides nothing, nor does one of
+less than 2 % where there is one seed."""
 
 
 def describe_settings(results: Sequence[Result]) -> list[str]:
-    """One paragraph on each kind of training: what the settings of all its cells have in common."""
+    """One line on each kind of training: what the settings of its cells are about."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         kinds.setdefault(result["settings"]["task"], []).append(result["settings"])
     lines = []
     for kind, settings in kinds.items():
-        common = {
-            name: value
-            for name, value in _flat(settings[0])
-            if all(dict(_flat(other)).get(name) == value for other in settings)
-        }
-        shown = [f"{name.rpartition('.')[2]} {value}" for name, value in common.items() if name in SHOWN]
+        values: dict[str, list[str]] = {}
+        for name, value in (pair for mine in settings for pair in _flat(mine)):
+            if str(value) not in values.setdefault(name, []):
+                values[name].append(str(value))
+        shown = [f"{name.rpartition('.')[2]} {' or '.join(values[name])}" for name in SHOWN if name in values]
         seconds = [result["seconds"] for result in results if result["settings"]["task"] == kind]
-        lines.append(f"- {KINDS[kind]}: {', '.join([*shown, f'{mean(seconds):.0f} s a cell'])}.")
+        lines.append(f"- {KINDS[kind]}: {', '.join([*shown, f'{statistics.median(seconds):.0f} s a cell'])}.")
     return ["\n".join(lines)]
 
 
