@@ -334,14 +334,6 @@ def split_grad_of_map(
     return grad_weights
 
 
-@triton.jit
-def store_theta_part(grad_theta_ptr, grad_theta, program, role, table_ptr, WIDTH: tl.constexpr):
-    """Store what queries (role 0) or keys (role 2) have of theta's gradient; dV (role 1) writes the row of queries."""
-    if table_ptr is not None:
-        row = 2 * program.to(tl.int64) + role // 2
-        tl.store(grad_theta_ptr + row * (WIDTH // 2) + tl.arange(0, WIDTH // 2), grad_theta)
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def diag_split_backward_kernel(
     grad_ptr, grad_stride_b, grad_stride_h, grad_stride_t,  # of the output
@@ -371,12 +363,16 @@ def diag_split_backward_kernel(
     program = tl.program_id(0) // 3
     head = (program % num_heads).to(tl.int64)
     row = (program // num_heads // programs_per_row).to(tl.int64)
+    pairs = tl.arange(0, WIDTH // 2)
+    if table_ptr is not None:
+        grad_theta_ptr += (2 * program.to(tl.int64) + role // 2) * (WIDTH // 2)  # dV has no part in it
     first, begin, end, part_start = locate_part(
         program // num_heads % programs_per_row,
         positions_ptr + row * positions_stride_b, cu_seqlens_ptr, seq_len, num_sequences, block_size, TILE,
     )  # fmt: skip
     if first + part_start >= end:
-        store_theta_part(grad_theta_ptr, tl.zeros((WIDTH // 2,), tl.float32), program, role, table_ptr, WIDTH)
+        if table_ptr is not None:
+            tl.store(grad_theta_ptr + pairs, tl.zeros((WIDTH // 2,), tl.float32))
         return
     places = tl.arange(0, TILE)
     my_places = part_start + places
@@ -393,6 +389,7 @@ def diag_split_backward_kernel(
     )
     start, output_stride_t = find_vectors(0, row, head, first, output_stride_b, output_stride_h, output_stride_t)
     if not RELU:
+        output_ptr += start
         lse_ptr += (row * num_heads + head) * seq_len + first
     stop = upper
     my_start = part_start.to(tl.int64)
@@ -404,7 +401,6 @@ def diag_split_backward_kernel(
     my_key_ptr = key_ptr + my_start * key_stride_t
     my_value_ptr = value_ptr + my_start * value_stride_t
     my_grad_ptr = grad_ptr + my_start * grad_stride_t
-    my_output = start + my_start * output_stride_t
     i_am_key = i_exist
     if is_real_ptr is not None:
         is_real_ptr += row * is_real_stride_b + first
@@ -415,7 +411,7 @@ def diag_split_backward_kernel(
         lse = None
         if not RELU:
             row_sums, lse = load_row_statistics(
-                output_ptr + my_output, lse_ptr + my_start, my_grad_ptr, grad_stride_t,
+                output_ptr + my_start * output_stride_t, lse_ptr + my_start, my_grad_ptr, grad_stride_t,
                 places, i_exist, output_stride_t, HEAD_DIM, WIDTH,
             )  # fmt: skip
         sum_first = tl.zeros((TILE, WIDTH // 2), tl.float32)
@@ -456,11 +452,12 @@ def diag_split_backward_kernel(
             table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
         )  # fmt: skip
         grad_theta = store_turned_back(
-            grad_query_ptr + my_output,
+            grad_query_ptr + start + my_start * output_stride_t,
             sum_first, sum_second, my_first, my_second, places, i_exist, output_stride_t,
             my_places, table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
         )  # fmt: skip
-        store_theta_part(grad_theta_ptr, grad_theta, program, role, table_ptr, WIDTH)
+        if table_ptr is not None:
+            tl.store(grad_theta_ptr + pairs, grad_theta)
         return
 
     queries_begin = 0
@@ -493,7 +490,7 @@ def diag_split_backward_kernel(
             sum_first = tl.dot(weights, grad_first.to(MAP_TYPE), sum_first, input_precision=PRECISION)
             sum_second = tl.dot(weights, grad_second.to(MAP_TYPE), sum_second, input_precision=PRECISION)
         store_halves(
-            grad_value_ptr + my_output, sum_first, sum_second,
+            grad_value_ptr + start + my_start * output_stride_t, sum_first, sum_second,
             places, i_exist, output_stride_t, False, 0, HEAD_DIM, WIDTH, WIDTH,
         )  # fmt: skip
         return
@@ -511,7 +508,7 @@ def diag_split_backward_kernel(
         query_lse = None
         if not RELU:
             query_sums, query_lse = load_row_statistics(
-                output_ptr + start + tl.cast(query_start, tl.int64) * output_stride_t, lse_ptr + query_start,
+                output_ptr + tl.cast(query_start, tl.int64) * output_stride_t, lse_ptr + query_start,
                 other_grad_ptr, grad_stride_t, places, query_exists, output_stride_t, HEAD_DIM, WIDTH,
             )  # fmt: skip
         grad_weights = split_grad_of_map(
@@ -538,8 +535,9 @@ def diag_split_backward_kernel(
         table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
     )  # fmt: skip
     grad_theta = store_turned_back(
-        grad_key_ptr + my_output,
+        grad_key_ptr + start + my_start * output_stride_t,
         sum_first, sum_second, my_first, my_second, places, i_exist, output_stride_t,
         my_places, table_ptr, householder_ptr, block_size, None, 0, HEAD_DIM, WIDTH, WIDTH,
     )  # fmt: skip
-    store_theta_part(grad_theta_ptr, grad_theta, program, role, table_ptr, WIDTH)
+    if table_ptr is not None:
+        tl.store(grad_theta_ptr + pairs, grad_theta)

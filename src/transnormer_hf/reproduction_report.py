@@ -206,6 +206,13 @@ def describe_order(table: str, column: str, results: Sequence[Result]) -> str | 
     return text + "."
 
 
+def describe_blocks(results: Sequence[Result]) -> str:
+    """How many tokens a block has here, by the name that it has in the paper."""
+    tokens = {result["row"]: result["settings"]["model"]["block_size"] for result in results}
+    listed = sorted(tokens.items(), key=lambda item: item[1])
+    return f"Tokens of a block here: {', '.join(f'{row}: {count}' for row, count in listed)}."
+
+
 def number(value: float) -> str:
     if math.isinf(value):
         return "diverged"
@@ -238,6 +245,7 @@ def markdown(results: Sequence[Result], images: Sequence[str] = ()) -> str:
             columns = dict.fromkeys(result["column"] for result in mine)
             orders = [text for column in columns if (text := describe_order(table, column, mine)) is not None]
             parts += ["\n".join(f"- {text}" for text in orders)] if orders else []
+            parts += [describe_blocks(mine)] if table == "11" else []
         else:
             parts += OTHER_TABLES[table](mine)
         parts += [f"![{TITLES[table]}]({image})" for image in images if image.startswith(f"{IMAGES.get(table)}")]
@@ -246,10 +254,9 @@ def markdown(results: Sequence[Result], images: Sequence[str] = ()) -> str:
 
 INTRODUCTION = """Made by `scripts/reproduce.py` from the files in `cells/`, sentences included. The paper's figures are
 of models a hundred times as large, on other data and tokens: their sizes cannot be compared with ours, but the order of
-the rows can, and whether a conclusion holds at this scale. Texts and blocks are an eighth as long as the paper's: what
-is called a block of 64 tokens, as there, has 8 here. Where a cell was run with several seeds, the table has the mean,
-and what each seed found in brackets; a difference within the spread between the seeds decides nothing, nor does one of
-less than 2 % where there is one seed."""
+the rows can, and whether a conclusion holds at this scale. Rows are named as in the paper, blocks by their size there.
+Where a cell was run with several seeds, the table has the mean, and what each seed found in brackets; a difference
+within the spread between the seeds decides nothing, nor does one of less than 2 % where there is one seed."""
 
 
 def describe_settings(results: Sequence[Result]) -> list[str]:
