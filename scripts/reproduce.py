@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", nargs="+", default=list(ABLATION_TABLES), help=f"one or more of {', '.join(TABLES)}")
-    parser.add_argument("--budget", type=float, default=1.0, help="1: some ten minutes a cell on one core")
+    parser.add_argument("--budget", type=float, default=1.0, help="0.25: some five minutes a cell on one core")
     parser.add_argument("--max_steps", type=int, help="steps of a training, instead of those of the budget")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--train_file", type=Path, help=f"text to learn from; default: {' '.join(HUB_TEXT)} on the Hub")

@@ -116,7 +116,7 @@ def chunk_of(kernel: str, dtype: str, head_dim: int) -> int:
     if kernel == "split_forward":
         return min(width_of(head_dim), 64 if dtype == "fp32" else 256)
     if kernel == "split_backward" and dtype != "fp32" and width_of(head_dim) > 64:
-        return width_of(head_dim) // 2
+        return width_of(head_dim) // 2  # chunks of 32 spill there
     is_wide = dtype == "fp32" or kernel.endswith("backward")
     return min(width_of(head_dim), 32 if is_wide else 64)
 

@@ -128,7 +128,10 @@ def write_key_value_gradients(
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dk'_t = v_t dS^T and dv_t = k'_t dS. Returns theta_grad with each angle's part in theta's gradient added."""
+    """dk'_t = v_t dS^T and dv_t = k'_t dS. Returns theta_grad with each angle's part in theta's gradient added.
+
+    Tiles are not counted here: in the short kernel a count, the same for every loop, would live through those before.
+    """
     state_grads = cast_states(state_grads, WIDE, PARTS)
     for offset in tl.range(0, end - begin, BLOCK_T, disable_licm=True):
         start = begin + offset

@@ -26,17 +26,16 @@ from .files import write_atomically
 ABLATION_TABLES = ("1", "3", "8", "9", "10", "11", "12")
 TABLES = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "fig2", "lln")
 
-# At a budget of 1, some ten minutes a cell on one core.
-LAYERS, HEADS, LENGTH, BATCH_SIZE = 4, 4, 64, 32
 SHRINK = 8  # rows of 512 tokens and blocks of 32, 64 and 128 in the paper; an eighth of each here
-WIDTH, STEPS = 96, 2500
+LAYERS, HEADS, LENGTH, BATCH_SIZE = 4, 4, 512 // SHRINK, 32
+WIDTH, STEPS = 96, 2500  # of a budget of 1; 0.25 is some five minutes a cell on one core
 VOCAB_SIZE = 1024
 EVALUATION_ROWS = 256
 ARENA_LENGTHS = {"listops": 512, "image": 1024}
 INPUT_SCALES = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
 
-# What our small encoders have of the released decoder. The paper's encoder, post-norm with learned positions, stays for
-# thousands of steps where it knows little more than how frequent words are, unless blocks make it look nearby.
+# Our small encoders are pre-norm, as the released decoder. The paper's encoder, post-norm with learned positions, stays
+# for thousands of steps where it knows little more than how frequent words are, unless blocks make it look nearby.
 ENCODER: dict[str, Any] = {
     "norm_placement": "pre",
     "final_norm": "layer",
@@ -70,7 +69,7 @@ def scale(budget: float) -> Scale:
     Raises ValueError unless the budget is positive.
     """
     if not budget > 0:
-        raise ValueError(f"--budget {budget} must be greater than 0; 1 is some ten minutes a cell on one core.")
+        raise ValueError(f"--budget {budget} must be greater than 0; 0.25 is some five minutes a cell on one core.")
     narrowest = 8 * HEADS  # heads of 8 channels
     width = narrowest * max(1, round(WIDTH * budget**0.25 / narrowest))
     return Scale(width, max(2, round(STEPS * budget**0.5)))
@@ -130,7 +129,7 @@ def model_settings(config: TransNormerConfig) -> dict[str, Any]:
 def masked_config(size: Scale, variant: str) -> TransNormerConfig:
     """A small encoder. Without dropout: training does not see the text much more than once.
 
-    initializer_range: the released 0.02 at a width of 768, as the spread of what a matrix makes of its input.
+    Its initializer_range makes of an input of this width outputs as large as the released 0.02 makes of one of 768.
     """
     spread = round(0.02 * math.sqrt(768 / size.width), 4)
     return TransNormerConfig(**_sizes(size, LENGTH), **ENCODER, variant=variant, initializer_range=spread)
