@@ -386,7 +386,7 @@ def check_folder(folder: Path, cells: Sequence[Cell], results: Sequence[Mapping[
                 difference = ", ".join(_differences(result["settings"], cell.settings))
                 raise ValueError(
                     f"--output_dir {folder} holds {cell.name} with other settings ({difference}): give the same"
-                    " --budget and data as before, or another folder."
+                    " --budget, --max_steps and data as before, or another folder."
                 )
 
 
