@@ -3,6 +3,7 @@
 
     python scripts/reproduce.py --table 1 8 --budget 0.35 --train_file train.txt --validation_file valid.txt
     python scripts/reproduce.py --table 8 9 10 11 12 --seeds 1 2     # WikiText-2 from the Hub
+    python scripts/reproduce.py --table fig2 --rows Vanilla 1+elu --max_steps 3750   # some rows, for longer
     python scripts/reproduce.py --table 8 --list                     # what there is to do, and how long it takes
     python scripts/reproduce.py --only_draw                          # results.md and the figures anew
 
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = scale(options.budget)
     if options.max_steps is not None:
         size = size._replace(steps=options.max_steps)
-    cells = plan_cells(options.table, options.seeds, size, data)
+    cells = choose_rows(plan_cells(options.table, options.seeds, size, data), options.rows)
     check_folder(options.output_dir, cells, read_cells(options.output_dir))
     if options.list:
         print(list_cells(options.output_dir, cells))
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", nargs="+", default=list(ABLATION_TABLES), help=f"one or more of {', '.join(TABLES)}")
+    parser.add_argument("--rows", nargs="+", help="only these rows of the tables, by their names; default: all")
     parser.add_argument("--budget", type=float, default=1.0, help="0.25: some five minutes a cell on one core")
     parser.add_argument("--max_steps", type=int, help="steps of a training, instead of those of the budget")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
@@ -129,8 +131,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for table in options.table:
         if table not in TABLES:
             parser.error(f"--table {table}: no such table; choose from {', '.join(TABLES)}.")
-    for argument in ("table", "seeds"):
-        values = getattr(options, argument)
+    for argument in ("table", "rows", "seeds"):
+        values = getattr(options, argument) or []
         if len(set(values)) < len(values):
             parser.error(f"--{argument} {' '.join(map(str, values))}: names one twice.")
     if not options.budget > 0:
@@ -245,6 +247,15 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 # ---- Cells ----
+
+
+def choose_rows(cells: Sequence[Cell], rows: Sequence[str] | None) -> Sequence[Cell]:
+    """The cells of these rows. Raises ValueError for a row that no table has."""
+    known = list(dict.fromkeys(cell.row for cell in cells))
+    for row in rows or ():
+        if row not in known:
+            raise ValueError(f"--rows {row!r}: no row of these tables; choose from {', '.join(map(repr, known))}.")
+    return [cell for cell in cells if rows is None or cell.row in rows]
 
 
 def run_cells(options: argparse.Namespace, cells: Sequence[Cell], tokenizer: str) -> None:

@@ -209,6 +209,7 @@ def test_every_other_table_runs(run, tmp_path, monkeypatch):
         (["--table", "13"], "--table 13: no such table; choose from 1, 2, 3"),
         (["--table", "9", "9"], "--table 9 9: names one twice"),
         (["--seeds", "1", "1"], "--seeds 1 1: names one twice"),
+        (["--table", "10", "--rows", "GLU", "GLU"], "--rows GLU GLU: names one twice"),
         (["--budget", "0"], "--budget 0.0: must be greater than 0"),
         (["--max_steps", "1"], "--max_steps 1: must be at least 2"),
         (["--max_minutes", "0"], "--max_minutes 0.0: must be greater than 0"),
@@ -253,6 +254,16 @@ def test_steps_can_be_set_apart_from_the_budget(run, trainings):
     run("--table", "10", "--max_steps", "7")
     assert {settings["training"]["max_steps"] for settings in trainings} == {7}
     assert {settings["model"]["hidden_size"] for settings in trainings} == {32}
+
+
+def test_rows_of_a_table_can_be_run_apart_and_the_report_says_so(run, trainings):
+    run("--table", "10", "--rows", "GLU", "--max_steps", "7")
+    assert [settings["model"]["variant"] for settings in trainings] == ["t1", "t2"]
+    out = run("--table", "10", "--rows", "FFN")
+    assert len(trainings) == 4
+    assert "Rows differ in their steps of training: FFN: 2, GLU: 7." in (out / "results.md").read_text()
+    with pytest.raises(ValueError, match=r"--rows 'MLP': no row of these tables; choose from 'FFN', 'GLU'"):
+        run("--table", "10", "--rows", "MLP")
 
 
 def test_every_table_has_cells_of_its_own_names():

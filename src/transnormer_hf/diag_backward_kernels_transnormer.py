@@ -139,6 +139,11 @@ def diag_tile_backward_kernel(
         return
     places = tl.arange(0, TILE)
     within = places % block_size
+    channels_stop = WIDTH
+    if CHUNK == WIDTH:
+        # Heads of one chunk: a loop of one turn whose end is known is no loop to the compiler, which then overlaps the
+        # phases of the kernel and runs out of registers. That it cannot know this end (it is WIDTH) keeps them apart.
+        channels_stop = tl.minimum(WIDTH, tile_tokens * WIDTH)
     # 32-bit from here on, within the tile: wide integers would cost the registers that the backward pass lacks
     exists = (places >= (begin - first).to(tl.int32)) & (places < tl.minimum(end - first, tile_tokens).to(tl.int32))
     is_key = exists
@@ -157,7 +162,7 @@ def diag_tile_backward_kernel(
     query_along = project(query_ptr, places, exists, query_stride_t, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
     key_along = project(key_ptr, places, is_key, key_stride_t, householder_ptr, HEAD_DIM, WIDTH, CHUNK)
     scores = tl.zeros((TILE, TILE), tl.float32)
-    for chunk in range(0, WIDTH, CHUNK):
+    for chunk in range(0, channels_stop, CHUNK):
         query_first, query_second = load_turned(
             query_ptr, places, exists, query_stride_t, within,
             table_ptr, householder_ptr, block_size, query_along, chunk, HEAD_DIM, WIDTH, CHUNK,
@@ -184,7 +189,7 @@ def diag_tile_backward_kernel(
     if seed_ptr is not None:
         dropped = tl.maximum(weights, 0.0) * keep_scale
     dropped = dropped.to(MAP_TYPE)
-    for chunk in range(0, WIDTH, CHUNK):
+    for chunk in range(0, channels_stop, CHUNK):
         grad_first, grad_second = load_halves(grad_ptr, places, exists, grad_stride_t, chunk, HEAD_DIM, WIDTH, CHUNK)
         grad_value_first = map_product(dropped, grad_first.to(MAP_TYPE), PRECISION)  # (TILE, CHUNK / 2)
         grad_value_second = map_product(dropped, grad_second.to(MAP_TYPE), PRECISION)
@@ -194,7 +199,7 @@ def diag_tile_backward_kernel(
         )  # fmt: skip
     # a loop of its own, which need not hold the map as an operand
     grad_weights = tl.zeros((TILE, TILE), tl.float32)
-    for chunk in range(0, WIDTH, CHUNK):
+    for chunk in range(0, channels_stop, CHUNK):
         grad_first, grad_second = load_halves(grad_ptr, places, exists, grad_stride_t, chunk, HEAD_DIM, WIDTH, CHUNK)
         value_first, value_second = load_halves(
             value_ptr, places, is_key, value_stride_t, chunk, HEAD_DIM, WIDTH, CHUNK
@@ -232,7 +237,7 @@ def diag_tile_backward_kernel(
                 map_product(grad_scores, query_second.to(DOT_TYPE).to(MAP_TYPE), PRECISION),
                 exists, within, table_ptr, householder_ptr, block_size, chunk, HEAD_DIM, WIDTH, CHUNK,
             )[4]  # fmt: skip
-    for chunk in range(0, WIDTH, CHUNK):
+    for chunk in range(0, channels_stop, CHUNK):
         key_first, key_second = load_turned(
             key_ptr, places, is_key, key_stride_t, within,
             table_ptr, householder_ptr, block_size, key_along, chunk, HEAD_DIM, WIDTH, CHUNK,

@@ -213,6 +213,18 @@ def describe_blocks(results: Sequence[Result]) -> str:
     return f"Tokens of a block here: {', '.join(f'{row}: {count}' for row, count in listed)}."
 
 
+def describe_steps(results: Sequence[Result]) -> str | None:
+    """How long each row of a table was trained; None where all were as long."""
+    steps: dict[str, set[int]] = {}
+    for result in results:
+        if "training" in result["settings"]:
+            steps.setdefault(result["row"], set()).add(result["settings"]["training"]["max_steps"])
+    if len(set().union(*steps.values())) < 2:
+        return None
+    listed = (f"{row}: {' and '.join(map(str, sorted(counts)))}" for row, counts in steps.items())
+    return f"Rows differ in their steps of training: {', '.join(listed)}."
+
+
 def number(value: float) -> str:
     if math.isinf(value):
         return "diverged"
@@ -248,6 +260,8 @@ def markdown(results: Sequence[Result], images: Sequence[str] = ()) -> str:
             parts += [describe_blocks(mine)] if table == "11" else []
         else:
             parts += OTHER_TABLES[table](mine)
+        if (steps := describe_steps(mine)) is not None:
+            parts.append(steps)
         parts += [f"![{TITLES[table]}]({image})" for image in images if image.startswith(f"{IMAGES.get(table)}")]
     return "\n\n".join(parts) + "\n"
 
