@@ -8,7 +8,13 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    TrainingArguments,
+)
 
 from transnormer_hf import TransNormerConfig, TransNormerForSequenceClassification, model_card
 from transnormer_hf.baselines import BaselineConfig, baseline_config
@@ -102,6 +108,19 @@ def test_a_model_of_transformers_needs_no_trust():
     assert "custom_code" not in card.data.tags
     assert "trust_remote_code" not in str(card)
     assert "# tiny: BERT for SST-2" in str(card)
+
+
+def test_a_rival_is_loaded_with_the_package_that_has_its_code():
+    """Its code does not lie beside its weights, so there is nothing to trust or to pin."""
+    config = BaselineConfig(**TINY, id2label=LABELS, mixer="performer")
+    glue = build(model=AutoModelForSequenceClassification.from_config(config))
+    pretraining = build_training(AutoModelForMaskedLM.from_config(config), pipeline_tag="fill-mask")
+    for card in (glue, pretraining):
+        (code,) = re.findall(r"```python\n(.*?)```", str(card), flags=re.DOTALL)
+        compile(code, "card", "exec")
+        assert code.startswith("import transnormer_hf  # the model's code: pip install transnormer-hf\n")
+        assert "custom_code" not in card.data.tags
+        assert "trust_remote_code" not in str(card)
 
 
 @pytest.mark.parametrize("task", ["sst2", "rte", "stsb"])

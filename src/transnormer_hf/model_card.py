@@ -28,6 +28,7 @@ AUTO_CLASSES = {
     "fill-mask": "AutoModelForMaskedLM",
     "text-classification": "AutoModelForSequenceClassification",
 }
+RIVAL = "transnormer_hf_baseline"  # the model type of `baselines/`
 PACKAGES = ("transnormer-hf", "transformers", "torch", "datasets", "tokenizers", "accelerate", "peft")
 
 
@@ -72,7 +73,7 @@ def build_glue_card(
     config = model.config
     lora = getattr(model, "peft_config", {}).get("default")
     trained = model.get_base_model() if lora is not None else model
-    custom_code = not type(trained).__module__.startswith("transformers.")
+    custom_code = ships_code(trained)
     hub_base = _hub_name(base_model)
     model_id = training_args.hub_model_id or _folder_name(training_args)  # the Hub's default, too
     architecture = describe_architecture(config)
@@ -114,7 +115,7 @@ def build_glue_card(
         if evaluated
         else "",
         results_note=_results_note(training_args),
-        loading_code=_loading_code(task, model_id, custom_code, lora is not None),
+        loading_code=_loading_code(task, model_id, trained, lora is not None),
         custom_code=custom_code,
         output_note=f"Labels: {', '.join(config.id2label[number] for number in sorted(config.id2label))}."
         if task.labels
@@ -170,7 +171,7 @@ def build_training_card(
         sample: Something that the model says, or nothing.
         results: The figures of the run, as in `all_results.json`.
     """
-    custom_code = not type(model).__module__.startswith("transformers.")
+    custom_code = ships_code(model)
     hub_base = _hub_name(base_model)
     model_id = training_args.hub_model_id or _folder_name(training_args)
     architecture = describe_architecture(model.config)
@@ -199,9 +200,6 @@ def build_training_card(
         ]
         or None,
     )
-    pinned = (
-        ',\n    revision="COMMIT",  # the full hash of the commit that you have read\n    trust_remote_code=True,\n'
-    )
     return render_card(
         data,
         title=f"{data.model_name}: {architecture} for {task}",
@@ -217,10 +215,9 @@ def build_training_card(
         else "",
         results_note=" ".join([_results_note(training_args), *notes]),
         loading_code=(
-            f"from transformers import AutoTokenizer, {AUTO_CLASSES[pipeline_tag]}\n\n"
+            f"{_registration(model)}from transformers import AutoTokenizer, {AUTO_CLASSES[pipeline_tag]}\n\n"
             f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n'
-            f'model = {AUTO_CLASSES[pipeline_tag]}.from_pretrained(\n    "{model_id}"{pinned if custom_code else ","}'
-            f"{'' if custom_code else chr(10)})"
+            f'model = {AUTO_CLASSES[pipeline_tag]}.from_pretrained(\n    "{model_id}"{_pin(model)})'
         ),
         custom_code=custom_code,
         output_note=f"A sample of what it says:\n\n```text\n{sample.replace('```', '')}\n```" if sample else "",
@@ -275,7 +272,7 @@ def describe_architecture(config: Any) -> str:
     """ "TransNormer T2" for this project's models, the attentions of a rival, the model type for others."""
     if config.model_type == "transnormer_hf":
         return f"TransNormer {config.variant.upper()}"
-    if config.model_type == "transnormer_hf_baseline":
+    if config.model_type == RIVAL:
         attentions = dict.fromkeys(OWN_ATTENTIONS.get(name, f"{name} attention") for name in config.layer_types)
         return f"TransNormer's backbone with {' and '.join(attentions)}"
     return config.model_type.upper()
@@ -358,10 +355,32 @@ def _training_note(source: str, args: TrainingArguments, results: Mapping[str, A
     return note + "."
 
 
-def _loading_code(task: GlueTask, model_id: str, custom_code: bool, is_adapter: bool) -> str:
+def ships_code(model: Any) -> bool:
+    """Whether a model's code lies beside its weights; a rival's is in this package only."""
+    return not type(model).__module__.startswith("transformers.") and not _is_rival(model)
+
+
+def _registration(model: Any) -> str:
+    """The line before all others where a model's code is in this package only."""
+    return "import transnormer_hf  # the model's code: pip install transnormer-hf\n" if _is_rival(model) else ""
+
+
+def _is_rival(model: Any) -> bool:
+    return model.config.model_type == RIVAL
+
+
+def _pin(model: Any) -> str:
+    """The arguments after a model's name."""
+    if not ships_code(model):
+        return ",\n"
+    return ',\n    revision="COMMIT",  # the full hash of the commit that you have read\n    trust_remote_code=True,\n'
+
+
+def _loading_code(task: GlueTask, model_id: str, model: Any, is_adapter: bool) -> str:
     example = '{"text": "One sentence.", "text_pair": "Another one."}' if task.texts[1:] else '"One sentence."'
     if is_adapter:
-        register = "import transnormer_hf  # the base model's code\n" if custom_code else ""
+        is_own = ships_code(model) or _is_rival(model)
+        register = "import transnormer_hf  # the base model's code\n" if is_own else ""
         return (
             f"{register}from peft import AutoPeftModelForSequenceClassification\n"
             "from transformers import AutoTokenizer\n\n"
@@ -370,15 +389,10 @@ def _loading_code(task: GlueTask, model_id: str, custom_code: bool, is_adapter: 
             f'    "{model_id}", num_labels={task.num_labels}\n'
             ")"
         )
-    pinned = (
-        ',\n    revision="COMMIT",  # the full hash of the commit that you have read\n    trust_remote_code=True,\n'
-        if custom_code
-        else ",\n"
-    )
     raw = ', function_to_apply="none"' if task.is_regression else ""
     return (
-        "from transformers import pipeline\n\n"
-        f'classifier = pipeline(\n    "text-classification",\n    model="{model_id}"{pinned})\n'
+        f"{_registration(model)}from transformers import pipeline\n\n"
+        f'classifier = pipeline(\n    "text-classification",\n    model="{model_id}"{_pin(model)})\n'
         f"print(classifier({example}{raw}))"
     )
 
