@@ -456,6 +456,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     rows = [row for row in report["results"] if "median_seconds" in row]
     panels = sorted({(row["op"], row["causal"], row["direction"]) for row in rows})
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))  # of one colour in all panels
     figure = Figure(figsize=(4.5 * max(1, (len(panels) + 1) // 2), 7), layout="constrained")
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(2, (len(panels) + 1) // 2, index + 1)
@@ -468,14 +469,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
                 if row["contender"] == contender
             )
             lengths, medians, lows, highs = zip(*points, strict=True)
-            axes.plot(lengths, medians, marker="o", markersize=3, label=contender)
-            axes.fill_between(lengths, lows, highs, alpha=0.2)
+            color = f"C{contenders.index(contender)}"
+            axes.plot(lengths, medians, marker="o", markersize=3, color=color, label=contender)
+            axes.fill_between(lengths, lows, highs, color=color, alpha=0.2)
         axes.set(xscale="log", yscale="log", xlabel="length", ylabel="seconds")
         axes.set_title(f"{panel[0]}, {'causal' if panel[1] else 'full'}, {panel[2]}", fontsize=9)
         axes.legend(fontsize=7)
     figure.suptitle(f"{report['device']}, {report['dtype']}")
     unfinished = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    figure.savefig(unfinished, dpi=150)
+    figure.savefig(unfinished, dpi=90)
     unfinished.replace(path)
 
 
