@@ -319,6 +319,11 @@ def test_a_conclusion_follows_the_numbers(better, worse, verdict):
     assert ("one seed" in sentence) == (len(better) == 1)
 
 
+def test_a_difference_within_the_spread_is_told_with_its_sign():
+    judged = (judge(GLU_BEATS_FFN, "t1", of_seeds([10.0, 11.0], worse)) for worse in ([10.6, 11.2], [9.5, 11.6]))
+    assert ["though it has the same sign with each" in sentence for sentence in judged] == [True, False]
+
+
 def test_blowing_up_takes_more_than_being_worse():
     def judged(value):
         rows = {"1+elu with scaling": 10.0, "1+elu, scaling removed": value, "NormAttention, RMSNorm": 9.0}

@@ -159,6 +159,8 @@ def judge(claim: Claim, column: str, results: Sequence[Result]) -> str | None:
         verdict = "not decided: both diverged"
     elif len(seeds) > 1 and abs(margin) <= (noise := max(spread(ours), spread(theirs))) < math.inf:
         verdict = f"not decided: the difference of {margin:.3g} is within the spread between seeds of {noise:.3g}"
+        if len({mine < other for mine, other in zip(ours, theirs, strict=True)}) == 1:
+            verdict += ", though it has the same sign with each"
     elif len(seeds) == 1 and abs(margin) < TOO_SMALL * max(mean(ours), mean(theirs)) < math.inf:
         verdict = f"not decided: one seed, and a difference of less than {TOO_SMALL:.0%}"
     elif margin <= 0:
