@@ -357,7 +357,11 @@ def _training_note(source: str, args: TrainingArguments, results: Mapping[str, A
 
 def ships_code(model: Any) -> bool:
     """Whether a model's code lies beside its weights; a rival's is in this package only."""
-    return not type(model).__module__.startswith("transformers.") and not _is_rival(model)
+    return _is_ours(model) and not _is_rival(model)
+
+
+def _is_ours(model: Any) -> bool:
+    return not type(model).__module__.startswith("transformers.")
 
 
 def _registration(model: Any) -> str:
@@ -379,8 +383,7 @@ def _pin(model: Any) -> str:
 def _loading_code(task: GlueTask, model_id: str, model: Any, is_adapter: bool) -> str:
     example = '{"text": "One sentence.", "text_pair": "Another one."}' if task.texts[1:] else '"One sentence."'
     if is_adapter:
-        is_own = ships_code(model) or _is_rival(model)
-        register = "import transnormer_hf  # the base model's code\n" if is_own else ""
+        register = "import transnormer_hf  # the base model's code\n" if _is_ours(model) else ""
         return (
             f"{register}from peft import AutoPeftModelForSequenceClassification\n"
             "from transformers import AutoTokenizer\n\n"
