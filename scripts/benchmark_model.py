@@ -49,7 +49,7 @@ from benchmarking.runs import (
     run_once,
     synchronize,
 )
-from transnormer_hf.files import write_atomically
+from transnormer_hf.training.files import write_atomically
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LENGTHS = (512, 1024, 2048, 4096)

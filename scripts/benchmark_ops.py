@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarking.reports import describe
-from transnormer_hf.files import write_atomically
-from transnormer_hf.ops_transnormer import diag_attention, norm_attention
+from transnormer_hf.model.ops_transnormer import diag_attention, norm_attention
+from transnormer_hf.training.files import write_atomically
 
 try:
     from fla.ops.linear_attn import chunk_linear_attn  # type: ignore[import-not-found]

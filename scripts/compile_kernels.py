@@ -39,9 +39,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from transnormer_hf import diag_kernels_transnormer, norm_kernels_transnormer
-from transnormer_hf.files import write_atomically
-from transnormer_hf.triton_features_transnormer import KernelSpec, compile_arguments
+from transnormer_hf.model import diag_kernels_transnormer, norm_kernels_transnormer
+from transnormer_hf.model.triton_features_transnormer import KernelSpec, compile_arguments
+from transnormer_hf.training.files import write_atomically
 
 KERNELS: list[KernelSpec] = [*norm_kernels_transnormer.KERNELS, *diag_kernels_transnormer.KERNELS]
 DTYPES = ("bf16", "fp16", "fp32")

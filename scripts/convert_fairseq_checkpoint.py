@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from transnormer_hf.conversion import convert_checkpoint
+from transnormer_hf.hub.conversion import convert_checkpoint
 
 PRESETS = Path(__file__).resolve().parent.parent / "model_cards"
 

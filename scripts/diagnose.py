@@ -15,10 +15,10 @@ from pathlib import Path
 
 from transformers import AutoModel, AutoTokenizer
 
-import transnormer_hf.baselines  # noqa: F401  (registers TransNormer and its rivals)
-from transnormer_hf.diagnostics import attention_report
-from transnormer_hf.diagnostics.maps import EDGES
-from transnormer_hf.files import write_atomically
+import transnormer_hf.research.baselines  # noqa: F401  (registers TransNormer and its rivals)
+from transnormer_hf.research.diagnostics import attention_report
+from transnormer_hf.research.diagnostics.maps import EDGES
+from transnormer_hf.training.files import write_atomically
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transnormer_hf.files import replacing
+from transnormer_hf.training.files import replacing
 
 AXES = ("minutes", "tokens")
 

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 
-from transnormer_hf.hub import HubError, plan_upload, push_to_hub
+from transnormer_hf.hub.push import HubError, plan_upload, push_to_hub
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -48,12 +48,10 @@ import run_glue
 import run_lra
 import run_mlm
 import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
-from transnormer_hf.diagnostics import GradientDeviationCallback, attention_report
-from transnormer_hf.diagnostics.log_normal import compare_concentration, compare_memory, log_normal_error
-from transnormer_hf.glue import HUB_DATASET, get_task
-from transnormer_hf.model_card import package_versions
-from transnormer_hf.packing import WIKITEXT_TITLE, TextSource
-from transnormer_hf.reproduction import (
+from transnormer_hf.hub.model_card import package_versions
+from transnormer_hf.research.diagnostics import GradientDeviationCallback, attention_report
+from transnormer_hf.research.diagnostics.log_normal import compare_concentration, compare_memory, log_normal_error
+from transnormer_hf.research.reproduction import (
     ABLATION_TABLES,
     GLUE_TASKS,
     LENGTH,
@@ -70,8 +68,10 @@ from transnormer_hf.reproduction import (
     without_place,
     write_cell,
 )
-from transnormer_hf.reproduction_report import draw
-from transnormer_hf.training import ModelArguments, load_tokenizer
+from transnormer_hf.research.reproduction_report import draw
+from transnormer_hf.tasks.glue import HUB_DATASET, get_task
+from transnormer_hf.training.fine_tuning import ModelArguments, load_tokenizer
+from transnormer_hf.training.packing import WIKITEXT_TITLE, TextSource
 
 HUB_TEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 SPECIAL_TOKENS = {  # RoBERTa's

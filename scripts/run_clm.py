@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
-from transnormer_hf.pretraining import Objective, PretrainingArguments, end_of_text, pretrain
+from transnormer_hf.training.pretraining import Objective, PretrainingArguments, end_of_text, pretrain
 
 
 @dataclass

@@ -31,7 +31,8 @@ from transformers import (
 )
 
 import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
-from transnormer_hf.glue import (
+from transnormer_hf.hub.model_card import EvaluatedSplit, build_glue_card
+from transnormer_hf.tasks.glue import (
     FILE_FORMATS,
     HUB_DATASET,
     GlueTask,
@@ -40,8 +41,7 @@ from transnormer_hf.glue import (
     load_glue,
     write_submission,
 )
-from transnormer_hf.model_card import EvaluatedSplit, build_glue_card
-from transnormer_hf.training import (
+from transnormer_hf.training.fine_tuning import (
     CardTrainer,
     EpochSetter,
     ModelArguments,

@@ -30,8 +30,9 @@ from transformers import (
 from transformers.utils.logging import tqdm
 
 import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
-from transnormer_hf.listops import ListOpsLimits
-from transnormer_hf.lra import (
+from transnormer_hf.hub.model_card import EvaluatedSplit, build_training_card
+from transnormer_hf.tasks.listops import ListOpsLimits
+from transnormer_hf.tasks.lra import (
     SCHEDULE_STEPS,
     TASKS,
     DualEncoder,
@@ -43,8 +44,7 @@ from transnormer_hf.lra import (
     get_task,
     read_rows,
 )
-from transnormer_hf.model_card import EvaluatedSplit, build_training_card
-from transnormer_hf.training import (
+from transnormer_hf.training.fine_tuning import (
     CardTrainer,
     EpochSetter,
     ModelArguments,

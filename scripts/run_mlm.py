@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
-from transnormer_hf.pretraining import Objective, PretrainingArguments, make_packing, pretrain
+from transnormer_hf.training.pretraining import Objective, PretrainingArguments, make_packing, pretrain
 
 
 @dataclass

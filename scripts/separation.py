@@ -32,10 +32,10 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.trainer_utils import set_seed
 
 from transnormer_hf import TransNormerConfig
-from transnormer_hf.baselines import MIXERS, baseline_config
-from transnormer_hf.baselines.mixer import scaled_linear_attention
-from transnormer_hf.features_transnormer import token_layout
-from transnormer_hf.files import write_atomically
+from transnormer_hf.model.reference_transnormer import token_layout
+from transnormer_hf.research.baselines import MIXERS, baseline_config
+from transnormer_hf.research.baselines.mixer import scaled_linear_attention
+from transnormer_hf.training.files import write_atomically
 
 LENGTHS = (100, 200, 1000, 10_000, 100_000)
 MARKED, UNMARKED, COMMON = 1.2, 0.01, 0.1  # a of both kinds of text, and c

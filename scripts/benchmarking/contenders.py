@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from transnormer_hf import TransNormerConfig
-from transnormer_hf.baselines import baseline_config
-from transnormer_hf.modeling_transnormer import TransNormerAttention
+from transnormer_hf.model.modeling_transnormer import TransNormerAttention
+from transnormer_hf.research.baselines import baseline_config
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from transnormer_hf.files import replacing
+from transnormer_hf.training.files import replacing
 
 from .contenders import CONTENDERS, EVERYTHING, FLOOR
 from .runs import TASKS

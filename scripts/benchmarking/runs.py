@@ -128,7 +128,7 @@ def probe(cell: Cell, setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
 def probe_alone(cell: Cell, setting: Setting, max_seconds: float) -> dict[str, dict[str, Any]]:
     """`probe` in a process of its own, so that memory is that of the cell, and running out of it ends no more."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transnormer_hf", "transnormer_hf.glue"])  # imported once for all of them
+    context.set_forkserver_preload(["transnormer_hf", "transnormer_hf.tasks.glue"])  # imported once for all of them
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_probe, args=(sender, cell, setting), daemon=True)
     process.start()

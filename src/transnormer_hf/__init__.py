@@ -14,9 +14,9 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .cache_transnormer import TransNormerCache
-from .configuration_transnormer import TransNormerConfig
-from .modeling_transnormer import (
+from .model.cache_transnormer import TransNormerCache
+from .model.configuration_transnormer import TransNormerConfig
+from .model.modeling_transnormer import (
     TransNormerForCausalLM,
     TransNormerForMaskedLM,
     TransNormerForMultipleChoice,
@@ -26,7 +26,7 @@ from .modeling_transnormer import (
     TransNormerModel,
     TransNormerPreTrainedModel,
 )
-from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm
+from .model.ops_transnormer import diag_attention, norm_attention, simple_rms_norm
 
 __version__ = "0.1.0"
 
@@ -49,8 +49,8 @@ for _auto_class, _model_class in AUTO_CLASSES.items():
 
 
 def _push_to_hub(self: TransNormerPreTrainedModel, repo_id: str, **kwargs: Any) -> CommitInfo:
-    """As in transformers, and the repository is complete: see `transnormer_hf.hub.push_model`."""
-    from .hub import push_model
+    """As in transformers, and the repository is complete: see `transnormer_hf.hub.push.push_model`."""
+    from .hub.push import push_model
 
     return push_model(self, repo_id, **kwargs)
 
@@ -58,7 +58,7 @@ def _push_to_hub(self: TransNormerPreTrainedModel, repo_id: str, **kwargs: Any) 
 TransNormerPreTrainedModel.push_to_hub = _push_to_hub
 
 # The rivals register with the Auto classes as well.
-from . import baselines  # noqa: E402
+from .research import baselines  # noqa: E402
 
 try:
     from peft.utils import constants as peft_constants

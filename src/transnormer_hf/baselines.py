@@ -1,0 +1,3 @@
+"""The path of earlier releases: import `transnormer_hf.research.baselines` instead."""
+
+from .research.baselines import *  # noqa: F403

@@ -1,0 +1,944 @@
+"""TransNormer ("The Devil in Linear Transformer", Qin et al., EMNLP 2022): the model, from embeddings to heads.
+
+Early layers use DiagAttention (softmax or relu attention inside blocks), late layers NormAttention (linear attention
+whose output is normalised in place of a denominator). Both are functions of `ops_transnormer.py`; this file puts
+projections, norms, feed-forwards and heads around them.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache_transnormer import StateView, TransNormerCache, adopt_cache
+from .configuration_transnormer import TransNormerConfig
+from .ops_transnormer import (
+    diag_attention,
+    diag_attention_map,
+    norm_attention,
+    norm_attention_map,
+    resolve_backend,
+    simple_rms_norm,
+    triton_norm_attention_step,
+)
+from .reference_transnormer import (
+    LRPE,
+    TokenLayout,
+    apply_feature_map,
+    apply_lrpe,
+    compute_dtype,
+    prepare_query_key,
+    rotation_table,
+    token_layout,
+    zero_padding,
+)
+
+# The released models count positions from 2 on, as fairseq does (padding index + 1, and padding is 1 there).
+FIRST_POSITION = 2
+
+
+class TransNormerRMSNorm(nn.Module):
+    """RMSNorm without weights, over the last dimension.
+
+    "simple_rms": x / (rms(x) + eps), the released code's. "rms": x / sqrt(ms(x) + eps), Eq. 14 of the paper.
+    """
+
+    def __init__(self, norm_type: str, config: TransNormerConfig):
+        super().__init__()
+        self.norm_type, self.config = norm_type, config
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.norm_type == "simple_rms":
+            return simple_rms_norm(hidden_states, self.config.rms_norm_eps, self.config.backend)
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        mean_square = wide.square().mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(mean_square + self.config.rms_norm_eps)).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.norm_type}, eps={self.config.rms_norm_eps}"
+
+
+class TransNormerBatchNorm(nn.BatchNorm1d):
+    """Batch norm over all tokens of a batch, padding included: that of the authors' Long-Range Arena models."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # (batch, seq, hidden_size) to the same
+        return super().forward(hidden_states.flatten(0, -2)).view_as(hidden_states)
+
+
+def make_norm(norm_type: str, config: TransNormerConfig) -> nn.Module:
+    """The norm of that name over `hidden_size` channels."""
+    if norm_type == "none":
+        return nn.Identity()
+    if norm_type == "layer":
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+    if norm_type == "batch":
+        return TransNormerBatchNorm(config.hidden_size, eps=config.layer_norm_eps)
+    return TransNormerRMSNorm(norm_type, config)
+
+
+class TransNormerLRPE(nn.Module):
+    """Parameters of the learned relative position encoding of one attention, shared by its heads, queries and keys.
+
+    theta: (head_dim / 2,) learned angles. householder: (head_dim,) a random unit vector that stays as it is. The
+    released code has it as a parameter without gradient; from_pretrained would make such a parameter trainable, a
+    buffer stays.
+    """
+
+    householder: torch.Tensor
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.theta = nn.Parameter(torch.empty(head_dim // 2))
+        self.register_buffer("householder", torch.empty(head_dim))
+
+    def forward(self) -> LRPE:
+        return LRPE(self.theta, self.householder)
+
+
+class TransNormerProjection(nn.Linear):
+    """A projection of an attention; `gain` is that of its Xavier initialisation in the released decoder."""
+
+    def __init__(self, config: TransNormerConfig, gain: float):
+        super().__init__(config.hidden_size, config.hidden_size)
+        self.gain = gain
+
+
+class TransNormerAttention(nn.Module):
+    """Projections, one of the two attentions, its norm, and the output projection.
+
+    Subclasses say what happens between the projections: `attend` on (batch, heads, seq, head_dim).
+    """
+
+    def __init__(self, config: TransNormerConfig, has_norm: bool, gain: float = 1.0):
+        super().__init__()
+        self.config = config
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.q_proj = TransNormerProjection(config, gain)
+        self.k_proj = TransNormerProjection(config, gain)
+        self.v_proj = TransNormerProjection(config, gain)
+        self.out_proj = TransNormerProjection(config, gain=1.0)
+        self.lrpe = TransNormerLRPE(self.head_dim) if config.lrpe else None
+        self.norm = make_norm(config.attention_norm_type if has_norm else "none", config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: TokenLayout,
+        state: StateView | None = None,
+        output_attentions: bool = False,
+        query_input: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states (batch, seq, hidden_size) to the same, and the map (batch, heads, seq, seq) or None.
+
+        state: this attention's part of the cache, or None. query_input: what queries are made of, if not hidden_states.
+        """
+        shape = hidden_states.shape
+        query_input = hidden_states if query_input is None else query_input
+        query = self._split_heads(self.q_proj(query_input), layout)
+        key = self._split_heads(self.k_proj(hidden_states), layout)
+        value = self._split_heads(self.v_proj(hidden_states), layout)
+        lrpe = self.lrpe() if self.lrpe is not None else None
+
+        # There is no map of tokens that meet a state: the columns of the tokens in it are gone.
+        has_map = output_attentions and (state is None or state.tokens.are_first)
+        weights = self.attention_map(query, key, layout, lrpe) if has_map else None
+        if state is not None and state.tokens.is_step:
+            output = self.step(query, key, value, layout, lrpe, state)  # (batch, heads, 1, head_dim)
+        else:
+            output = self.attend(query, key, value, layout, lrpe, state)  # (batch, heads, seq, head_dim)
+        if weights is not None:  # the output goes by way of the map, so that gradients reach the map
+            output = (weights @ zero_padding(value.to(weights.dtype), layout)).to(value.dtype)
+        output = self.norm(output.transpose(1, 2).reshape(shape)).to(hidden_states.dtype)
+        return self.out_proj(output), weights
+
+    def _split_heads(self, states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        # packed sequences may lie in several rows; the attentions take them in one
+        batch_size = states.shape[0] if layout.cu_seqlens is None else 1
+        return states.view(batch_size, -1, self.num_heads, self.head_dim).transpose(1, 2)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: TokenLayout,
+        lrpe: LRPE | None,
+        state: StateView | None,
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+    def step(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: TokenLayout,
+        lrpe: LRPE | None,
+        state: StateView,
+    ) -> torch.Tensor:
+        """`attend` for one token after those in the state: the state takes it in, then the query meets the state."""
+        raise NotImplementedError
+
+    def attention_map(
+        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, lrpe: LRPE | None
+    ) -> torch.Tensor | None:
+        raise NotImplementedError
+
+
+class TransNormerNormAttention(TransNormerAttention):
+    """NormAttention: Norm(phi(Q) (phi(K)^T V)), the norm over all heads together (Eqs. 13-14)."""
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__(config, has_norm=True, gain=2**-0.5)
+        self.options: dict[str, Any] = {"causal": config.is_causal, "feature_map": config.feature_map}
+
+    def attend(self, query, key, value, layout, lrpe, state):
+        if value.dtype == torch.float16:  # sums over a long context leave its range before the norm brings them back
+            query, key, value = query.float(), key.float(), value.float()
+        past = None if state is None or state.tokens.are_first else state.state.tensors["state"]
+        output, new_state = norm_attention(
+            query,
+            key,
+            value,
+            **self.options,
+            lrpe=lrpe,
+            initial_state=past,
+            return_state=state is not None,
+            backend=self.config.backend,
+            layout=layout,
+        )
+        if state is not None:
+            if state.tokens.are_recorded:  # the state may have to be built anew from these
+                wide = compute_dtype(key.dtype)
+                _, key = prepare_query_key(query.to(wide), key.to(wide), layout, self.config.feature_map, lrpe)
+            state.state.append(key, value, state.tokens, new_state)
+        return output
+
+    def step(self, query, key, value, layout, lrpe, state):
+        is_plain = torch.is_grad_enabled() or state.tokens.are_recorded
+        if not is_plain and resolve_backend(self.config.backend, query) == "triton":
+            past, feature_map = state.state.tensors["state"], self.config.feature_map
+            return triton_norm_attention_step(
+                query, key, value, past, layout=layout, feature_map=feature_map, lrpe=lrpe
+            )
+        query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, 1, head_dim)
+        query_key = apply_feature_map(query_key, self.config.feature_map)
+        if lrpe is not None:
+            query_key = apply_lrpe(query_key, layout.positions, lrpe)
+        query, key = query_key.chunk(2, 1)
+        state.state.append(key, value, state.tokens)
+        return state.state.attend(query)
+
+    def attention_map(self, query, key, layout, lrpe):
+        if self.config.backend != "eager":  # no other backend ever forms this map
+            return None
+        return norm_attention_map(query, key, layout=layout, lrpe=lrpe, **self.options)[0]
+
+
+class TransNormerDiagAttention(TransNormerAttention):
+    """DiagAttention: softmax(Q K^T / sqrt(head_dim)) V inside each block, or with relu, whose output is normalised."""
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__(config, has_norm=config.diag_activation == "relu")
+        self.options: dict[str, Any] = {
+            "block_size": config.block_size,
+            "causal": config.is_causal,
+            "activation": config.diag_activation,
+            "scale": config.head_dim**-0.5,
+        }
+        self.dropout_p = config.attention_probs_dropout_prob
+
+    def attend(self, query, key, value, layout, lrpe, state):
+        options = self.options | {"dropout_p": self.dropout_p if self.training else 0.0}
+        if state is None:
+            return diag_attention(query, key, value, **options, lrpe=lrpe, layout=layout, backend=self.config.backend)
+
+        # A state holds rotated keys, so that a later query meets them as they are.
+        wide = compute_dtype(value.dtype)
+        query, key, value = query.to(wide), key.to(wide), value.to(wide)
+        if lrpe is not None:
+            within_block = layout.positions % self.config.block_size
+            query, key = apply_lrpe(query, within_block, lrpe), apply_lrpe(key, within_block, lrpe)
+        if state.tokens.are_first:
+            output = diag_attention(query, key, value, **options, layout=layout, backend=self.config.backend)
+        else:  # the blocks of the new tokens begin with what the state holds
+            block_size = self.config.block_size
+            past_key, past_value = state.state.past(state.tokens)
+            output = diag_attention(
+                nn.functional.pad(query, (0, 0, block_size, 0)),
+                torch.cat((past_key, key), 2),
+                torch.cat((past_value, value), 2),
+                **options,
+                layout=state.tokens.joined,
+                backend=self.config.backend,
+            )[:, :, block_size:]
+        state.state.append(key, value, state.tokens)
+        return output
+
+    def step(self, query, key, value, layout, lrpe, state):
+        query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, 1, head_dim)
+        if lrpe is not None:
+            query_key = apply_lrpe(query_key, layout.positions % self.config.block_size, lrpe)
+        query, key = query_key.chunk(2, 1)
+        state.state.append(key, value, state.tokens)
+        return state.state.attend(query, state.tokens, self.options["activation"], self.options["scale"])
+
+    def attention_map(self, query, key, layout, lrpe):
+        weights = diag_attention_map(query, key, layout=layout, lrpe=lrpe, **self.options)
+        return nn.functional.dropout(weights, self.dropout_p, self.training)
+
+
+class TransNormerHybridAttention(nn.Module):
+    """Both attentions in one layer (Table 12): their mean, or the output of one as the query of the other."""
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__()
+        self.combination = config.hybrid_combination
+        self.diag, self.linear = TransNormerDiagAttention(config), TransNormerNormAttention(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: TokenLayout,
+        state: tuple[StateView, StateView] | None = None,
+        output_attentions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        diag_state, linear_state = (None, None) if state is None else state
+        diag, linear = (self.diag, diag_state), (self.linear, linear_state)
+        first, second = (linear, diag) if self.combination == "norm_then_diag" else (diag, linear)
+        output, weights = first[0](hidden_states, layout, first[1], output_attentions)
+        query_input = None if self.combination == "parallel" else output
+        second_output, second_weights = second[0](hidden_states, layout, second[1], output_attentions, query_input)
+        if self.combination == "parallel":
+            second_output = (output + second_output) / 2
+        return second_output, weights if weights is not None else second_weights
+
+
+ATTENTION_CLASSES: dict[str, Callable[[TransNormerConfig], nn.Module]] = {
+    "chunked_attention": TransNormerDiagAttention,
+    "linear_attention": TransNormerNormAttention,
+    "hybrid": TransNormerHybridAttention,
+}
+
+
+class TransNormerFeedForward(nn.Module):
+    """GLU: down(act(gate(x)) * up(x)), or FFN: down(act(up(x))); a bias in every projection."""
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__()
+        self.gate_proj = None
+        if config.feed_forward == "glu":
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class TransNormerLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each with a residual branch, the norm before (pre) or after the sum (post)."""
+
+    def __init__(self, config: TransNormerConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = ATTENTION_CLASSES[config.layer_types[layer_idx]](config)
+        self.feed_forward = TransNormerFeedForward(config)
+        self.attention_norm = make_norm(config.norm_type, config)
+        self.feed_forward_norm = make_norm(config.norm_type, config)
+        self.is_pre_norm = config.norm_placement == "pre"
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: TokenLayout,
+        state: StateView | tuple[StateView, StateView] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        # (batch, seq, hidden_size) throughout
+        residual = hidden_states
+        if self.is_pre_norm:
+            hidden_states = self.attention_norm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states, layout, state, **kwargs)
+        hidden_states = residual + self.dropout(hidden_states)
+        if not self.is_pre_norm:
+            hidden_states = self.attention_norm(hidden_states)
+
+        residual = hidden_states
+        if self.is_pre_norm:
+            hidden_states = self.feed_forward_norm(hidden_states)
+        hidden_states = residual + self.dropout(self.feed_forward(hidden_states))
+        if not self.is_pre_norm:
+            hidden_states = self.feed_forward_norm(hidden_states)
+        return hidden_states
+
+
+class TransNormerPositions(nn.Module):
+    """Absolute positions added to the embeddings: a learned table, sines and cosines, or nothing."""
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__()
+        self.kind, self.hidden_size = config.position_embedding, config.hidden_size
+        self.max_positions = config.max_position_embeddings
+        self.embedding = None
+        if self.kind == "learned":
+            # row 1 is fairseq's row for padding: never used, there so that released tables fit
+            self.embedding = nn.Embedding(config.max_position_embeddings + FIRST_POSITION, config.hidden_size, 1)
+
+    def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor, is_packed: bool) -> torch.Tensor:
+        """hidden_states (batch, seq, hidden_size) plus the embedding of positions, (seq,) or (batch, seq)."""
+        if self.kind == "none":
+            return hidden_states
+        positions = positions.clamp(min=0) + FIRST_POSITION
+        if self.kind == "learned":
+            if hidden_states.shape[1] > self.max_positions and not is_packed:
+                raise ValueError(
+                    f"the input has {hidden_states.shape[1]} tokens and max_position_embeddings={self.max_positions} "
+                    "positions were learned; truncate the input, or use position_embedding='sinusoidal' or 'none'."
+                )
+            return hidden_states + self.embedding(positions)
+        half = self.hidden_size // 2
+        steps = torch.arange(half, device=hidden_states.device, dtype=torch.float32)
+        cos, sin = rotation_table(positions, 10000 ** (-steps / (half - 1)))
+        return hidden_states + torch.cat((sin, cos), -1).to(hidden_states.dtype)
+
+
+@auto_docstring
+class TransNormerPreTrainedModel(PreTrainedModel):
+    config: TransNormerConfig
+    config_class = TransNormerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransNormerLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": TransNormerLayer,
+        "attentions": OutputRecorder(TransNormerAttention, index=1),
+    }
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__(config)
+        # of the card that the Trainer writes: the Hub asks for trust where it sees this tag
+        self.add_model_tags(["custom_code"])
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TransNormerLRPE):
+            pairs = torch.arange(module.theta.shape[0], device=module.theta.device, dtype=torch.float32)
+            init.copy_(module.theta, 10000 ** (-pairs / module.theta.shape[0]))
+            direction = torch.randn_like(module.householder, dtype=torch.float32)
+            init.copy_(module.householder, direction / direction.norm())
+        if self.config.initializer == "xavier":
+            self._init_as_released_decoder(module)
+
+    def _init_as_released_decoder(self, module: nn.Module) -> None:
+        """Embeddings N(0, 1/sqrt(hidden_size)), Xavier-uniform attention, torch's default elsewhere; biases are zero.
+
+        It goes by modules that hold weights: transformers passes over the others where the code is not its own.
+        """
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=module.embedding_dim**-0.5)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, TransNormerProjection):
+            init.xavier_uniform_(module.weight, gain=module.gain)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+
+
+@auto_docstring
+class TransNormerModel(TransNormerPreTrainedModel):
+    def __init__(self, config: TransNormerConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
+        self.embed_positions = TransNormerPositions(config)
+        self.embed_norm = make_norm(config.embedding_norm, config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(TransNormerLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = make_norm(config.final_norm, config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # (batch, seq, hidden_size)
+
+        if past_key_values is not None:
+            if not self.config.is_causal:
+                raise ValueError(
+                    "past_key_values was given to a bidirectional model (is_causal=False), which has none."
+                )
+            past_key_values = adopt_cache(past_key_values, self.config)
+
+        layout = self._layout(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
+        is_packed = layout.cu_seqlens is not None
+        if past_key_values is None and use_cache and self.config.is_causal and not self.training and not is_packed:
+            past_key_values = TransNormerCache(self.config)
+        states: list[Any] = [None] * len(self.layers)
+        if past_key_values is not None:
+            states = past_key_values.receive(layout, batch_size=inputs_embeds.shape[0])
+        positions = layout.positions.view(inputs_embeds.shape[:2]) if is_packed else layout.positions
+        if position_ids is not None:
+            positions = position_ids
+        hidden_states = self.embed_positions(inputs_embeds * self.embed_scale, positions, is_packed)
+        hidden_states = self.dropout(self.embed_norm(hidden_states))
+
+        kwargs.setdefault("output_attentions", self.config.output_attentions)
+        for layer, state in zip(self.layers, states, strict=True):
+            hidden_states = layer(hidden_states, layout=layout, state=state, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _layout(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: TransNormerCache | None,
+        cu_seqlens: torch.Tensor | None,
+    ) -> TokenLayout:
+        """Where the tokens stand, from whichever description of padding or packing was given."""
+        batch_size, seq_len, _ = inputs_embeds.shape
+        if cache is None and cu_seqlens is None and attention_mask is None and position_ids is not None:
+            cu_seqlens = packed_boundaries(position_ids.expand(batch_size, seq_len))
+        if attention_mask is not None:
+            if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < seq_len:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)}; supported is (batch, seq) = "
+                    f"{(batch_size, seq_len)}, or with the columns of past_key_values in front, of 1 for real tokens "
+                    "and 0 for padding. Causality is part of the model (is_causal), packed sequences are given by "
+                    "position_ids that restart or by cu_seq_lens_q."
+                )
+            attention_mask = attention_mask[:, -seq_len:]
+        if cu_seqlens is not None:
+            if cache is not None:
+                raise ValueError("packed sequences cannot fill a past_key_values; pass use_cache=False.")
+            return token_layout(1, batch_size * seq_len, inputs_embeds.device, attention_mask, cu_seqlens)
+        offset = 0 if cache is None else cache.lengths
+        return token_layout(batch_size, seq_len, inputs_embeds.device, attention_mask, position_offset=offset)
+
+
+def packed_boundaries(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """Boundaries of packed sequences, (num_sequences + 1,), where positions (batch, seq) restart; None if none does.
+
+    Rows follow each other, each begins a sequence. This looks at values, so it waits for the device once per forward;
+    `cu_seq_lens_q` (`DataCollatorWithFlattening(return_flash_attn_kwargs=True)`) spares that.
+    """
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "position_ids alone cannot be searched for packed sequences inside torch.compile or torch.export; pass "
+            "cu_seq_lens_q for packed sequences, attention_mask for padded ones, and no position_ids otherwise."
+        )
+    starts = position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1  # the first column of a row always does
+    if int(starts.sum()) == len(starts):
+        return None
+    starts = starts.flatten().nonzero().flatten()
+    return torch.nn.functional.pad(starts, (0, 1), value=position_ids.numel())
+
+
+@auto_docstring
+class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: TransNormerConfig):
+        if not config.is_causal:  # a causal model on a bidirectional encoder would see what it predicts
+            config = copy.deepcopy(config)
+            config.is_causal = True
+        super().__init__(config)
+        self.model = TransNormerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (batch, kept, vocab_size)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Puts a TransNormerCache into `model_kwargs`, whichever implementation was asked for or handed in."""
+        cache, implementation = model_kwargs.get("past_key_values"), generation_config.cache_implementation
+        if cache is not None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            cache = model_kwargs["past_key_values"] = adopt_cache(cache, self.config)
+            mask, seen = model_kwargs.get("attention_mask"), cache.get_seq_length()
+            length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            if length is not None and length <= seen:
+                raise ValueError(
+                    f"The input has {length} tokens and past_key_values has taken in {seen}: pass the whole sequence, "
+                    "or the new tokens with an attention_mask for the whole sequence."
+                )
+        elif implementation == "quantized":
+            raise ValueError(
+                'cache_implementation="quantized" has nothing to gain here: the state is of constant size and held in '
+                "float32; leave cache_implementation out."
+            )
+        elif generation_config.use_cache is not False:
+            is_static = implementation is not None and "static" in implementation
+            cache = model_kwargs["past_key_values"] = TransNormerCache(self.config, is_compileable=is_static)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: TransNormerConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """The columns of the new tokens: the state knows the rest, and a compiled step sees one shape and stride."""
+        if attention_mask is None:
+            return None
+        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
+
+
+class TransNormerLMHead(nn.Module):
+    """dense, gelu, LayerNorm, then the tied embedding matrix with a bias per token (the released encoder's)."""
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.layer_norm(nn.functional.gelu(self.dense(hidden_states))))
+
+
+@auto_docstring
+class TransNormerForMaskedLM(TransNormerPreTrainedModel):
+    _tied_weights_keys = {"lm_head.decoder.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__(config)
+        self.model = TransNormerModel(config)
+        self.lm_head = TransNormerLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)  # (batch, seq, vocab_size)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TransNormerClassificationHead(nn.Module):
+    """dropout, dense, tanh, dropout, projection on a vector per sequence, as in RoBERTa."""
+
+    def __init__(self, config: TransNormerConfig, num_outputs: int):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = make_classifier_dropout(config)
+        self.out_proj = nn.Linear(config.hidden_size, num_outputs)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        pooled = torch.tanh(self.dense(self.dropout(pooled)))
+        return self.out_proj(self.dropout(pooled))
+
+
+def make_classifier_dropout(config: TransNormerConfig) -> nn.Dropout:
+    is_given = config.classifier_dropout is not None
+    return nn.Dropout(config.classifier_dropout if is_given else config.hidden_dropout_prob)
+
+
+def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """One vector per sequence: its first or last real token, or the mean of all real ones.
+
+    hidden_states: (batch, seq, hidden_size); attention_mask: (batch, seq) or None. Returns (batch, hidden_size), zeros
+    for a row of padding pooled by "mean".
+    """
+    if attention_mask is None:
+        if pooling == "mean":
+            return hidden_states.mean(1)
+        return hidden_states[:, 0 if pooling == "first" else -1]
+    is_real = attention_mask.to(hidden_states.dtype)  # (batch, seq)
+    if pooling == "mean":
+        total = (hidden_states * is_real[..., None]).sum(1)
+        return total / is_real.sum(1, keepdim=True).clamp(min=1)
+    if pooling == "first":
+        token = is_real.argmax(1)
+    else:
+        token = is_real.shape[1] - 1 - is_real.flip(1).argmax(1)
+    return hidden_states[torch.arange(len(token), device=token.device), token]
+
+
+@auto_docstring
+class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
+    # The loss is a mean over the batch: the Trainer must not divide it again when it accumulates gradients.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = TransNormerModel(config)
+        self.classifier = TransNormerClassificationHead(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)  # (batch, hidden_size)
+        logits = self.classifier(pooled)  # (batch, num_labels)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@auto_docstring
+class TransNormerForTokenClassification(TransNormerPreTrainedModel):
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = TransNormerModel(config)
+        self.dropout = make_classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (batch, seq, num_labels)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@auto_docstring
+class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__(config)
+        self.model = TransNormerModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        logits = self.qa_outputs(outputs.last_hidden_state)  # (batch, seq, 2)
+        start_logits, end_logits = (half.contiguous() for half in logits.unbind(-1))  # (batch, seq)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+@auto_docstring
+class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__(config)
+        self.model = TransNormerModel(config)
+        self.classifier = TransNormerClassificationHead(config, num_outputs=1)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        # (batch, choices, seq) is run as (batch * choices, seq)
+        num_choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        flat_ids, flat_mask, flat_positions, flat_embeds = (
+            None if tensor is None else tensor.flatten(0, 1)
+            for tensor in (input_ids, attention_mask, position_ids, inputs_embeds)
+        )
+        outputs = self.model(
+            flat_ids,
+            attention_mask=flat_mask,
+            position_ids=flat_positions,
+            inputs_embeds=flat_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        pooled = pool(outputs.last_hidden_state, flat_mask, self.config.pooling)
+        logits = self.classifier(pooled).view(-1, num_choices)  # (batch, choices)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits, labels)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "TransNormerForCausalLM",
+    "TransNormerForMaskedLM",
+    "TransNormerForMultipleChoice",
+    "TransNormerForQuestionAnswering",
+    "TransNormerForSequenceClassification",
+    "TransNormerForTokenClassification",
+    "TransNormerModel",
+    "TransNormerPreTrainedModel",
+]

@@ -1,0 +1,46 @@
+"""The rivals of TransNormer's attentions, each a token mixer in the same backbone.
+
+    from transformers import AutoConfig, AutoModelForMaskedLM
+    from transnormer_hf.research.baselines import baseline_config
+
+    config = AutoConfig.from_pretrained("model_cards/transnormer-t2-base")
+    model = AutoModelForMaskedLM.from_config(baseline_config(config, "performer"))
+
+A rival is one file of this folder with a class under `@register_mixer("name")`: a `FeatureMixer` where it is linear
+attention, else a `Mixer`. Every file here is imported, so nothing else has to name it.
+"""
+
+import importlib
+import pkgutil
+
+from .mixer import MIXERS, FeatureMixer, Mixer, register_mixer
+from .modeling import (
+    BaselineConfig,
+    BaselineForCausalLM,
+    BaselineForMaskedLM,
+    BaselineForMultipleChoice,
+    BaselineForQuestionAnswering,
+    BaselineForSequenceClassification,
+    BaselineForTokenClassification,
+    BaselineModel,
+    baseline_config,
+)
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
+
+__all__ = [
+    "MIXERS",
+    "BaselineConfig",
+    "BaselineForCausalLM",
+    "BaselineForMaskedLM",
+    "BaselineForMultipleChoice",
+    "BaselineForQuestionAnswering",
+    "BaselineForSequenceClassification",
+    "BaselineForTokenClassification",
+    "BaselineModel",
+    "FeatureMixer",
+    "Mixer",
+    "baseline_config",
+    "register_mixer",
+]

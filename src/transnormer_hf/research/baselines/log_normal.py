@@ -1,0 +1,136 @@
+"""Linear Log-Normal Attention (https://arxiv.org/abs/2311.13541), alone and with softmax blocks beside it.
+
+phi(q) = exp(alpha q) and phi(k) = exp(beta k), elementwise and without 1/sqrt(head_dim). alpha and beta are chosen so
+that the scores have the log-variance of softmax's: the logarithm of a sum of head_dim products exp(x) with x of
+variance v has a variance of nearly a·v + b, so with v = 2 s² the rule is s² = (var(q) var(k) - b) / (2 a),
+alpha = s / std(q), beta = s / std(k). No gradient flows through alpha and beta.
+"""
+
+import functools
+
+import torch
+from torch import nn
+
+from ...model.configuration_transnormer import TransNormerConfig
+from ...model.ops_transnormer import diag_attention, diag_attention_map
+from ...model.reference_transnormer import TokenLayout
+from .mixer import ExponentialMixer, Mixer, register_mixer
+
+# a and b of the authors' code; they hold for their head dim, 64, only.
+PUBLISHED_CONSTANTS = {64: (0.14855178144710912, -0.35487039130661086)}
+# Variances of the exponent between which the line is fitted. At head dim 64 it comes out as the published one.
+FITTED_VARIANCES = (4.0, 6.0, 8.0, 10.0)
+FIT_SAMPLES = 50_000
+MODES = ("average", "learnable_scale", "learnable_ratio")
+
+
+@functools.lru_cache
+def moment_matching_constants(head_dim: int) -> tuple[float, float]:
+    """a and b with Var(log sum_d exp(x_d)) = a·v + b for head_dim Gaussians x_d of variance v.
+
+    The published ones at 64; else a least-squares line through simulated variances, from a seed of its own.
+    """
+    if head_dim in PUBLISHED_CONSTANTS:
+        return PUBLISHED_CONSTANTS[head_dim]
+    return fit_constants(head_dim)
+
+
+def fit_constants(head_dim: int) -> tuple[float, float]:
+    """The line of `moment_matching_constants`, fitted whatever the head dim."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(FIT_SAMPLES, head_dim, generator=generator)
+    variances = torch.tensor(FITTED_VARIANCES)
+    measured = torch.stack([(normal * v.sqrt()).logsumexp(-1).var() for v in variances])
+    centred = variances - variances.mean()
+    slope = (centred * measured).sum() / centred.square().sum()
+    return slope.item(), (measured.mean() - slope * variances.mean()).item()
+
+
+@register_mixer("lln")
+class LogNormalMixer(ExponentialMixer):
+    """Moments are over real tokens only.
+
+    Bidirectional: one standard deviation for the whole batch, heads and channels together, as in the authors' code; so
+    what else is in a batch matters. Causal, our own form, for theirs takes the moments of the future as well: each
+    token has those of its row up to itself, alpha_i for its query and beta_i for its key.
+    """
+
+    def exponents(self, query, key, layout, causal):
+        with torch.no_grad():
+            spread = running_std if causal else batch_std
+            query_std, key_std = spread(query, layout), spread(key, layout)
+            a, b = moment_matching_constants(query.shape[-1])
+            # b is negative, so this is positive; at a head dim of 1 it is 0, but for an error of rounding
+            matched = ((query_std * key_std).square() - b).clamp(min=0).div(2 * a).sqrt()
+            smallest = torch.finfo(query.dtype).tiny ** 0.5  # one token of equal channels has no spread
+            alpha = torch.where(query_std > smallest, matched / query_std.clamp(min=smallest), 1.0)
+            beta = torch.where(key_std > smallest, matched / key_std.clamp(min=smallest), 1.0)
+        return query * alpha, key * beta
+
+
+def batch_std(states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """The standard deviation (unbiased) of all numbers of real tokens, a scalar."""
+    if layout.is_real is None:
+        return states.std()
+    is_real = layout.is_real[:, None, :, None].to(states.dtype)
+    count = is_real.sum() * states.shape[1] * states.shape[3]
+    mean = (states * is_real).sum() / count.clamp(min=1)
+    return (((states - mean) * is_real).square().sum() / (count - 1).clamp(min=1)).sqrt()
+
+
+def running_std(states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """The standard deviation (unbiased) of a row's real tokens up to each one: (batch, 1, seq, 1).
+
+    Sums of squares about each token's own mean, then those means about their common one, so that no large numbers are
+    taken from each other.
+    """
+    per_token = states.shape[1] * states.shape[3]
+    is_real = torch.ones_like(states[:, 0, :, 0]) if layout.is_real is None else layout.is_real.to(states.dtype)
+    means = states.mean((1, 3)) * is_real  # (batch, seq)
+    within = ((states - means[:, None, :, None]).square().sum((1, 3)) * is_real).cumsum(-1)
+    tokens = is_real.cumsum(-1)
+    mean = means.cumsum(-1) / tokens.clamp(min=1)
+    between = per_token * (means.square().cumsum(-1) - tokens * mean.square()).clamp(min=0)
+    variance = (within + between) / (per_token * tokens - 1).clamp(min=1)
+    return variance.sqrt()[:, None, :, None]
+
+
+@register_mixer("lln_diag")
+class LogNormalDiagMixer(Mixer):
+    """Linear Log-Normal Attention and softmax attention inside blocks of head_dim tokens, combined.
+
+    mode: "average" (their mean), "learnable_scale" (r·LLN + p·Diag) or "learnable_ratio" (r·LLN + (1 - r)·Diag), with
+        r and p per head and channel, 1/2 at first. Blocks start at a row's first real token.
+    """
+
+    def __init__(self, config: TransNormerConfig, mode: str = "average"):
+        super().__init__(config)
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is not known; choose one of {', '.join(map(repr, MODES))}.")
+        self.mode, self.log_normal = mode, LogNormalMixer(config)
+        shape = (1, config.num_attention_heads, 1, config.head_dim)
+        self.ratio = nn.Parameter(torch.full(shape, 0.5)) if mode != "average" else None
+        self.scale = nn.Parameter(torch.full(shape, 0.5)) if mode == "learnable_scale" else None
+
+    def forward(self, query, key, value, layout, causal):
+        linear = self.log_normal(query, key, value, layout, causal)
+        diag = diag_attention(query, key, value, block_size=query.shape[-1], causal=causal, layout=layout)
+        if self.ratio is None:
+            return (linear + diag) / 2
+        other = 1 - self.ratio if self.scale is None else self.scale
+        return self.ratio * linear + other * diag
+
+    def attention_map(self, query, key, layout, causal):
+        if self.ratio is not None:  # each channel has a map of its own
+            return None
+        diag = diag_attention_map(
+            query,
+            key,
+            layout=layout,
+            block_size=query.shape[-1],
+            causal=causal,
+            activation="softmax",
+            scale=query.shape[-1] ** -0.5,
+            lrpe=None,
+        )
+        return (self.log_normal.attention_map(query, key, layout, causal) + diag) / 2

@@ -1,0 +1,198 @@
+"""What a token mixer is, the registry of their names, and linear attention with a denominator.
+
+Shapes are (batch, heads, seq, head_dim) throughout. A mixer computes in float32 at least; `layout` says which tokens
+are real. Outputs at padding are finite and otherwise undefined.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...model.configuration_transnormer import TransNormerConfig
+from ...model.ops_transnormer import norm_attention
+from ...model.reference_transnormer import TokenLayout, zero_padding
+
+MIXERS: dict[str, type["Mixer"]] = {}
+MixerClass = TypeVar("MixerClass", bound="type[Mixer]")
+CHUNK_SIZE = 64
+
+
+def register_mixer(name: str) -> Callable[[MixerClass], MixerClass]:
+    """Makes a `Mixer` available as `mixer=name`."""
+
+    def register(mixer_class: MixerClass) -> MixerClass:
+        MIXERS[name] = mixer_class
+        return mixer_class
+
+    return register
+
+
+class Mixer(nn.Module, ABC):
+    """What stands between the projections of an attention. Keyword arguments of a subclass are its `mixer_options`."""
+
+    takes_half_precision = False  # otherwise inputs are float32 at least
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout, causal: bool
+    ) -> torch.Tensor:
+        """The output, of the shape and dtype of the inputs: (batch, heads, seq, head_dim)."""
+
+    def attention_map(
+        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, causal: bool
+    ) -> torch.Tensor | None:
+        """The definition as a map (batch, heads, seq, seq) to multiply the values with; None where there is none."""
+        return None
+
+
+class FeatureMixer(Mixer):
+    """Linear attention with a denominator: phi(q_i) sum_j phi(k_j) v_j^T / phi(q_i) sum_j phi(k_j).
+
+    A subclass gives `features`.
+    """
+
+    @abstractmethod
+    def features(
+        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """phi(Q) and phi(K), (batch, heads, seq, features) each, not negative in their products."""
+
+    def forward(self, query, key, value, layout, causal):
+        return scaled_linear_attention(*self.features(query, key, layout, causal), value, layout, causal)
+
+    def attention_map(self, query, key, layout, causal):
+        return scaled_linear_map(*self.features(query, key, layout, causal), layout, causal)
+
+
+class ExponentialMixer(Mixer):
+    """Linear attention whose features are exponentials, kept in range without changing the result.
+
+    A subclass gives `exponents`. A constant per feature, added to the queries' exponents and taken from the keys',
+    cancels in each product, and a constant per query in the quotient. So the largest key of each feature is scaled to
+    1, then the largest feature of each query: every denominator is at least 1. In a causal model the largest key of
+    all would be one of the future, and the exponents of a running maximum decay instead.
+    """
+
+    @abstractmethod
+    def exponents(
+        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log phi(Q) and log phi(K), (batch, heads, seq, features) each."""
+
+    def forward(self, query, key, value, layout, causal):
+        query, key = self.exponents(query, key, layout, causal)
+        if causal:
+            return causal_exponential_attention(query, key, value, layout)
+        return scaled_linear_attention(*_guarded_features(query, key, layout), value, layout, causal=False)
+
+    def attention_map(self, query, key, layout, causal):
+        query, key = self.exponents(query, key, layout, causal)
+        if not causal:
+            return scaled_linear_map(*_guarded_features(query, key, layout), layout, causal=False)
+        query, key, largest = _running_features(query, key, layout)
+        scores = query @ key.mT * _decay(largest)
+        return _divide(scores, scores.sum(-1, keepdim=True))
+
+
+def _guarded_features(query: torch.Tensor, key: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    lowest = torch.finfo(key.dtype).min / 4
+    if layout.is_real is not None:
+        key = key.masked_fill(~layout.is_real[:, None, :, None], lowest)
+    largest_key = key.amax(2, keepdim=True).detach().clamp(min=lowest / 2)  # (batch, heads, 1, features)
+    query = query + largest_key
+    return (query - query.amax(-1, keepdim=True).detach()).exp(), (key - largest_key).exp()
+
+
+def scaled_linear_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout, causal: bool
+) -> torch.Tensor:
+    """Linear attention of features that phi has been applied to, divided by the sum of each query's scores.
+
+    query, key: (batch, heads, seq, features); value and the output: (batch, heads, seq, head_dim).
+    """
+    key = zero_padding(key, layout)
+    if not causal:
+        return _divide(query @ (key.mT @ zero_padding(value, layout)), query @ key.sum(2).unsqueeze(-1))
+    # the kernels are made for head dims, and features may be many
+    summed, _ = norm_attention(query, key, value, causal=True, layout=layout, backend="torch")
+    return _divide(summed, (query * key.cumsum(2)).sum(-1, keepdim=True))
+
+
+def scaled_linear_map(query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, causal: bool) -> torch.Tensor:
+    """The map of `scaled_linear_attention`, (batch, heads, seq, seq); rows of real tokens sum to 1."""
+    scores = query @ zero_padding(key, layout).mT
+    if causal:
+        scores = scores.tril()
+    return _divide(scores, scores.sum(-1, keepdim=True))
+
+
+def causal_exponential_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout
+) -> torch.Tensor:
+    """Causal linear attention with features exp(query) and exp(key), chunk by chunk.
+
+    Keys are scaled by the largest exponent so far, m_j, and their scores brought to that of the query: with
+    exp(k_j - m_j) · exp(m_j - m_i), j <= i, nothing overflows, and no token sees a later one. A query whose every score
+    underflows beside its largest feature times the largest key so far gets zeros.
+
+    query, key: exponents (batch, heads, seq, features); value and the output: (batch, heads, seq, head_dim).
+    """
+    query_features, key_features, largest = _running_features(query, key, layout)
+    with_ones = F.pad(value, (0, 1), value=1.0)
+
+    state, state_largest = with_ones.new_zeros(*key.shape[:2], key.shape[-1], with_ones.shape[-1]), largest[..., :1]
+    outputs = []
+    for start in range(0, key.shape[2], CHUNK_SIZE):
+        chunk = slice(start, start + CHUNK_SIZE)
+        queries, keys, values = query_features[:, :, chunk], key_features[:, :, chunk], with_ones[:, :, chunk]
+        m = largest[..., chunk]  # (batch, heads, chunk)
+        summed = (queries @ keys.mT * _decay(m)) @ values
+        outputs.append(summed + (state_largest - m).exp()[..., None] * (queries @ state))
+        last = m[..., -1:]
+        to_end = (m - last).exp()[..., None]
+        state = (state_largest - last).exp()[..., None] * state + (keys * to_end).mT @ values
+        state_largest = last
+    summed = torch.cat(outputs, 2)
+    return _divide(summed[..., :-1], summed[..., -1:])
+
+
+def _running_features(
+    query: torch.Tensor, key: torch.Tensor, layout: TokenLayout
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features of exponents, 1 at most, and m, the largest exponent of the keys so far: (batch, heads, seq)."""
+    lowest = torch.finfo(key.dtype).min / 4
+    if layout.is_real is not None:
+        key = key.masked_fill(~layout.is_real[:, None, :, None], lowest)
+    largest = key.detach().amax(-1).cummax(-1).values.clamp(min=lowest / 2)
+    return (query - query.detach().amax(-1, keepdim=True)).exp(), (key - largest[..., None]).exp(), largest
+
+
+def _decay(largest: torch.Tensor) -> torch.Tensor:
+    """exp(m_j - m_i) where j <= i, else 0: (batch, heads, seq, seq)."""
+    # above the diagonal the difference is positive, and its exponential might be infinite
+    return (largest[..., None, :] - largest[..., :, None]).clamp(max=0).exp().tril()
+
+
+def visible_keys(layout: TokenLayout, seq_len: int, causal: bool, device: torch.device) -> torch.Tensor | None:
+    """True where a query may see a key: (seq, seq) or (batch, 1, seq, seq); None where all see all."""
+    visible = None
+    if causal:
+        visible = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
+    if layout.is_real is not None:
+        real_keys = layout.is_real[:, None, None, :]  # (batch, 1, 1, seq)
+        visible = real_keys.expand(-1, -1, seq_len, -1) if visible is None else visible & real_keys
+    return visible
+
+
+def _divide(summed: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """The quotient, or zero (and no gradient) for a query that meets no key, or none within the range of the dtype."""
+    is_met = denominator > 2**26 * torch.finfo(denominator.dtype).tiny  # so that gradients stay in range as well
+    return torch.where(is_met, summed / torch.where(is_met, denominator, 1.0), 0.0)

@@ -1,0 +1,86 @@
+"""Linear Log-Normal Attention against softmax: how concentrated they are, and what they keep in memory.
+
+The comparison of https://arxiv.org/abs/2311.13541 on queries and keys of independent Gaussian channels, where moment
+matching gives both maps the same variance of log p. Entropy and gap are those of `maps.py`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ...model.configuration_transnormer import TransNormerConfig
+from ...model.reference_transnormer import token_layout
+from ..baselines import MIXERS
+from .maps import row_entropy, spectral_gap
+
+COMPARED = ("softmax", "lln")
+
+
+def _mixer(name: str, head_dim: int) -> Any:
+    config = TransNormerConfig(hidden_size=head_dim, num_attention_heads=1, attention_probs_dropout_prob=0.0)
+    return MIXERS[name](config)
+
+
+def compare_concentration(
+    input_scales: Sequence[float], tokens: int, head_dim: int, generator: torch.Generator
+) -> list[dict[str, float | dict[str, float]]]:
+    """For each standard deviation of queries and keys, the "entropy" (bits) and spectral "gap" of both maps."""
+    layout = token_layout(1, tokens, torch.device("cpu"))
+    query, key = (torch.randn(1, 1, tokens, head_dim, generator=generator) for _ in range(2))
+    rows: list[dict[str, float | dict[str, float]]] = []
+    for scale in input_scales:
+        maps = {
+            name: _mixer(name, head_dim).attention_map(scale * query, scale * key, layout, False) for name in COMPARED
+        }
+        rows.append(
+            {
+                "scale": scale,
+                "entropy": {name: row_entropy(weights).mean().item() for name, weights in maps.items()},
+                "gap": {name: spectral_gap(weights).mean().item() for name, weights in maps.items()},
+            }
+        )
+    return rows
+
+
+def compare_memory(lengths: Sequence[int], head_dim: int) -> list[dict[str, int]]:
+    """For each length, the bytes that autograd keeps for the backward pass of one head.
+
+    "softmax map" forms the map, as the definition says; "softmax" is torch's fused attention, and "lln" linear.
+    """
+    softmax, log_normal = (_mixer(name, head_dim) for name in COMPARED)
+    ways: dict[str, Callable[..., torch.Tensor]] = {
+        "softmax map": lambda query, key, value, *args: softmax.attention_map(query, key, *args) @ value,
+        "softmax": softmax,
+        "lln": log_normal,
+    }
+    rows = []
+    for length in lengths:
+        layout = token_layout(1, length, torch.device("cpu"))
+        states = [torch.ones(1, 1, length, head_dim, requires_grad=True) for _ in range(3)]
+        kept = {name: _kept_bytes(functools.partial(way, *states, layout, False)) for name, way in ways.items()}
+        rows.append({"length": length, **kept})
+    return rows
+
+
+def _kept_bytes(run: Callable[[], torch.Tensor]) -> int:
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def log_normal_error(tokens: int, head_dim: int, generator: torch.Generator) -> float:
+    """The largest difference of LLN's linear form from its map times the values, by the largest output."""
+    layout = token_layout(1, tokens, torch.device("cpu"))
+    query, key, value = (torch.randn(1, 1, tokens, head_dim, generator=generator) for _ in range(3))
+    mixer = _mixer("lln", head_dim)
+    wanted = mixer.attention_map(query, key, layout, False) @ value
+    return ((mixer(query, key, value, layout, False) - wanted).abs().max() / wanted.abs().max()).item()

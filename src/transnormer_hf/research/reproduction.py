@@ -1,0 +1,421 @@
+"""The tables of "The Devil in Linear Transformer" at laptop scale: what each cell trains, and where its figures lie.
+
+A cell is a row of a table, in one of its columns, with one seed. Its settings say everything that its figures depend
+on, and nothing about the machine: cells with equal settings are one training, whatever the tables they stand in. Every
+cell has a file, `cells/<table>/<row>-<column>-seed<k>.json`.
+
+`scripts/reproduce.py` runs the cells, `reproduction_report.py` draws their tables.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..model.configuration_transnormer import TransNormerConfig
+from ..tasks import lra
+from ..training.files import write_atomically
+from .ablations import VANILLA_BACKBONE, ablation_config, find_ablations
+from .baselines import BaselineConfig
+from .baselines.modeling import backbone_fields
+
+ABLATION_TABLES = ("1", "3", "8", "9", "10", "11", "12")
+TABLES = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "fig2", "lln")
+
+SHRINK = 8  # rows of 512 tokens and blocks of 32, 64 and 128 in the paper; an eighth of each here
+LAYERS, HEADS, LENGTH, BATCH_SIZE = 4, 4, 512 // SHRINK, 32
+WIDTH, STEPS = 96, 2500  # of a budget of 1; 0.25 is some five minutes a cell on one core
+VOCAB_SIZE = 1024
+EVALUATION_ROWS = 256
+ARENA_LENGTHS = {"listops": 512, "image": 1024}
+INPUT_SCALES = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
+
+# Our small encoders are pre-norm, as the released decoder. The paper's encoder, post-norm with learned positions, stays
+# for thousands of steps where it knows little more than how frequent words are, unless blocks make it look nearby.
+ENCODER: dict[str, Any] = {
+    "norm_placement": "pre",
+    "final_norm": "layer",
+    "position_embedding": "sinusoidal",
+    "scale_embedding": True,
+}
+# What the released decoder has and the encoder has not.
+DECODER: dict[str, Any] = {
+    "is_causal": True,
+    "norm_placement": "pre",
+    "embedding_norm": "none",
+    "final_norm": "simple_rms",
+    "position_embedding": "sinusoidal",
+    "scale_embedding": True,
+    "initializer": "xavier",
+    "pooling": "last",
+}
+MASKED_ONLY = ("max_seq_length", "mlm_probability")
+
+Data = Mapping[str, Mapping[str, Any]]  # task -> what its settings say about its data
+
+
+class Scale(NamedTuple):
+    width: int
+    steps: int
+
+
+def scale(budget: float) -> Scale:
+    """What a budget buys: its square root in steps, and in the products of a step, whose number is that of width².
+
+    Raises ValueError unless the budget is positive.
+    """
+    if not budget > 0:
+        raise ValueError(f"--budget {budget} must be greater than 0; 0.25 is some five minutes a cell on one core.")
+    narrowest = 8 * HEADS  # heads of 8 channels
+    width = narrowest * max(1, round(WIDTH * budget**0.25 / narrowest))
+    return Scale(width, max(2, round(STEPS * budget**0.5)))
+
+
+# ---- Cells ----
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a table, and what has to be trained for it.
+
+    Attributes:
+        table: One of `TABLES`.
+        row, column: Where in it; the column is "" where there is one.
+        paper: The paper's figure, None where it is not known to us.
+        settings: Everything that the figures depend on, as json: task, seed, model, training, data.
+    """
+
+    table: str
+    row: str
+    column: str
+    paper: float | None
+    settings: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        return self.settings["seed"]
+
+    @property
+    def place(self) -> dict[str, Any]:
+        return {"table": self.table, "row": self.row, "column": self.column, "seed": self.seed}
+
+    @property
+    def name(self) -> str:
+        return f"{self.table}/{slug(self.row)}{'-' + self.column if self.column else ''}-seed{self.seed}"
+
+
+def slug(text: str) -> str:
+    """ "NormAttention, RMSNorm" as "normattention-rmsnorm"."""
+    return re.sub(r"[^a-z0-9+]+", "-", text.lower()).strip("-")
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """A short name of the settings: equal for equal ones."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def model_settings(config: TransNormerConfig) -> dict[str, Any]:
+    """The fields of a configuration that make the model; those that follow from the tokenizer are left out."""
+    left_out = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "backend"}
+    names = (*TransNormerConfig.__annotations__, *(("mixer", "mixer_options") if hasattr(config, "mixer") else ()))
+    fields = {name: getattr(config, name) for name in names if name not in left_out}
+    return {"model_type": config.model_type, **fields}
+
+
+def masked_config(size: Scale, variant: str) -> TransNormerConfig:
+    """A small encoder. Without dropout: training does not see the text much more than once.
+
+    Its initializer_range makes of an input of this width outputs as large as the released 0.02 makes of one of 768.
+    """
+    spread = round(0.02 * math.sqrt(768 / size.width), 4)
+    return TransNormerConfig(**_sizes(size, LENGTH), **ENCODER, variant=variant, initializer_range=spread)
+
+
+def _sizes(size: Scale, length: int) -> dict[str, Any]:
+    return {
+        "hidden_size": size.width,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": length,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+def masked_settings(config: TransNormerConfig, size: Scale, seed: int, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Masked language modelling as in the authors' script, but for lengths, batch, steps and learning rate."""
+    return {
+        "task": "mlm",
+        "seed": seed,
+        "model": model_settings(config) | {"block_size": config.block_size // SHRINK},
+        "training": {
+            "max_steps": size.steps,
+            "per_device_train_batch_size": BATCH_SIZE,
+            "max_seq_length": LENGTH,
+            "mlm_probability": 0.15,
+            "learning_rate": 3e-3,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": size.steps // 10,
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.98,
+            "adam_epsilon": 1e-6,
+            "weight_decay": 0.01,
+            "max_grad_norm": 0.0,
+            "max_eval_samples": EVALUATION_ROWS,
+        },
+        "data": dict(data),
+    }
+
+
+def plan_cells(tables: Sequence[str], seeds: Sequence[int], size: Scale, data: Data) -> list[Cell]:
+    """The cells of these tables: all of the first seed, then of the next.
+
+    data: what the settings say about the data of each task, by its name.
+    """
+    return [cell for seed in seeds for table in tables for cell in _PLANS[table](table, seed, size, data)]
+
+
+def _ablation_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
+    variants = ("t2",) if table in ("1", "3") else ("t1", "t2")
+    return [
+        Cell(
+            table,
+            ablation.row,
+            variant if len(variants) > 1 else "",
+            ablation.perplexity.get(variant),
+            masked_settings(ablation_config(masked_config(size, variant), ablation), size, seed, data["mlm"]),
+        )
+        for ablation in find_ablations(int(table))
+        for variant in variants
+    ]
+
+
+# Row -> the mixer in the vanilla backbone, or T1 or T2.
+GRADIENT_ROWS = {"1+elu": "1+elu", "Performer": "performer", "Vanilla": "softmax", "NormAttention": "norm"}
+MODELS = {"Vanilla": "softmax", "1+elu": "1+elu", "Performer": "performer", "T1": "t1", "T2": "t2"}
+CURVES = {name: MODELS[name] for name in ("Vanilla", "1+elu", "T1", "T2")}
+ARENA_MODELS = {
+    "Transformer": "softmax", "Performer": "performer", "cosFormer": "cosformer", "T1": "t1", "T2": "t2",
+}  # fmt: skip
+REPORTED = {
+    "2": {"1+elu": 0.58, "Performer": 0.47, "Vanilla": 0.25, "NormAttention": 0.20},
+    "4": {"Vanilla": 29.63, "1+elu": 32.63, "Performer": 75.29, "T1": 29.89, "T2": 29.57},
+}
+# Accuracies in percent, F1 of MRPC and Matthews correlation of CoLA; MNLI is the matched one.
+REPORTED_BY_COLUMN: dict[str, dict[str, dict[str, float]]] = {
+    "5": {
+        "mnli": {"Vanilla": 79.37, "1+elu": 74.87, "Performer": 58.85, "T1": 79.06, "T2": 77.28},
+        "qnli": {"Vanilla": 87.79, "1+elu": 82.59, "Performer": 63.44, "T1": 87.00, "T2": 85.39},
+        "qqp": {"Vanilla": 88.04, "1+elu": 86.90, "Performer": 79.10, "T1": 88.61, "T2": 88.56},
+        "sst2": {"Vanilla": 90.25, "1+elu": 87.27, "Performer": 81.42, "T1": 91.17, "T2": 90.71},
+        "mrpc": {"Vanilla": 88.35, "1+elu": 83.03, "Performer": 82.11, "T1": 84.50, "T2": 85.06},
+        "cola": {"Vanilla": 38.63, "Performer": 19.41, "T1": 45.38, "T2": 45.90},
+    },
+    "6": {
+        "listops": {"Transformer": 38.37, "Performer": 38.02, "cosFormer": 36.50, "T1": 41.03, "T2": 41.60},
+        "image": {"Transformer": 40.57, "Performer": 41.43, "cosFormer": 51.23, "T1": 51.60, "T2": 49.60},
+    },
+}
+GLUE_TASKS = tuple(REPORTED_BY_COLUMN["5"])
+# Training steps per second on an A6000.
+REPORTED_SPEED = {
+    "Transformer": {1024: 15.34},
+    "Performer": {1024: 28.41, 3072: 12.02, 5120: 9.06},
+    "T2": {1024: 29.41, 3072: 12.95, 5120: 10.16},
+}
+
+
+def in_vanilla_backbone(config: TransNormerConfig, attention: str) -> TransNormerConfig:
+    """T1 or T2 themselves; a rival, or NormAttention alone, in the backbone of Tables 1 and 3."""
+    if attention in ("t1", "t2"):
+        return config
+    if attention == "norm":
+        (row,) = (row for row in find_ablations(1) if row.row == "NormAttention, RMSNorm")
+        return ablation_config(config, row)
+    return BaselineConfig(**backbone_fields(config) | VANILLA_BACKBONE, mixer=attention)
+
+
+def pretrained_settings(attention: str, size: Scale, seed: int, data: Data) -> dict[str, Any]:
+    """The masked language model with this attention; two of those in Tables 2 and 5 are also in 1, 3 and 8 to 12."""
+    config = masked_config(size, attention if attention == "t1" else "t2")
+    return masked_settings(in_vanilla_backbone(config, attention), size, seed, data["mlm"])
+
+
+def _gradient_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
+    return [
+        Cell(table, row, "", REPORTED["2"][row], pretrained_settings(attention, size, seed, data))
+        for row, attention in GRADIENT_ROWS.items()
+    ]
+
+
+def _curve_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
+    return [
+        Cell(table, row, "", None, pretrained_settings(attention, size, seed, data))
+        for row, attention in CURVES.items()
+    ]
+
+
+def _causal_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
+    cells = []
+    for row, attention in MODELS.items():
+        config = TransNormerConfig(**_sizes(size, LENGTH), **DECODER, variant=attention if attention == "t1" else "t2")
+        settings = masked_settings(in_vanilla_backbone(config, attention), size, seed, data["mlm"])
+        training = {name: value for name, value in settings["training"].items() if name not in MASKED_ONLY}
+        training["block_size"] = LENGTH
+        cells.append(Cell(table, row, "", REPORTED["4"][row], {**settings, "task": "clm", "training": training}))
+    return cells
+
+
+def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
+    steps = max(2, size.steps // 2)
+    training = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 32,
+        "max_seq_length": min(128, LENGTH),
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": steps // 10,
+        "weight_decay": 0.01,
+    }
+    return [
+        Cell(
+            table,
+            row,
+            name,
+            REPORTED_BY_COLUMN["5"][name].get(row),
+            {
+                "task": "glue",
+                "name": name,
+                "seed": seed,
+                "pretrained": pretrained_settings(attention, size, seed, data),
+                "training": training,
+                "data": source,
+            },
+        )
+        for name, source in data["glue"].items()
+        for row, attention in MODELS.items()
+    ]
+
+
+def _arena_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
+    cells = []
+    for name, source in data["lra"].items():
+        task = lra.TASKS[name]
+        length = ARENA_LENGTHS[name]
+        training = {
+            "max_steps": size.steps,
+            "schedule_steps": size.steps,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 1e-3,
+            "warmup_steps": size.steps // 10,
+            "max_length": length,
+            "max_eval_samples": 1000,
+            **({"listops_min_length": length // 4, "listops_max_length": length} if name == "listops" else {}),
+            **({"max_train_samples": 16 * size.steps} if name == "listops" else {}),
+        }
+        for row, attention in ARENA_MODELS.items():
+            variant = attention if attention == "t1" else "t2"
+            sizes = {**_sizes(size, length), "intermediate_size": 2 * size.width}
+            config = task.config(variant, **sizes)
+            if attention not in ("t1", "t2"):  # of this task, whose backbone is another one already
+                config = BaselineConfig(**backbone_fields(config), mixer=attention)
+            settings = {
+                "task": "lra",
+                "name": name,
+                "seed": seed,
+                "model": model_settings(config) | {"num_labels": task.num_labels},
+                "training": training,
+                "data": source,
+            }
+            cells.append(Cell(table, row, name, REPORTED_BY_COLUMN["6"][name].get(row), settings))
+    return cells
+
+
+def _speed_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
+    settings = {"task": "speed", "seed": seed, "lengths": [1024, 2048, 3072, 4096, 5120], "max_minutes": 9}
+    return [Cell(table, "steps per second", "", None, settings)]
+
+
+def _log_normal_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
+    settings = {"task": "lln", "seed": seed, "head_dim": 64, "tokens": 512, "input_scales": INPUT_SCALES}
+    settings["lengths"] = [256, 512, 1024, 2048, 4096]
+    return [Cell(table, "concentration and memory", "", None, settings)]
+
+
+_PLANS: dict[str, Callable[[str, int, Scale, Data], list[Cell]]] = {
+    **dict.fromkeys(ABLATION_TABLES, _ablation_cells),
+    "2": _gradient_cells,
+    "fig2": _curve_cells,
+    "4": _causal_cells,
+    "5": _glue_cells,
+    "6": _arena_cells,
+    "7": _speed_cells,
+    "lln": _log_normal_cells,
+}
+
+
+# ---- Files ----
+
+
+def cell_file(folder: Path, cell: Cell) -> Path:
+    return folder / "cells" / f"{cell.name}.json"
+
+
+def read_cells(folder: Path) -> list[dict[str, Any]]:
+    """What the files of all cells hold."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cells/*/*.json"))]
+
+
+def find_result(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A result of a training with these settings. One that failed is none: it is tried again."""
+    for result in results:
+        if result["settings"] == settings and result["status"] != "failed":
+            return result
+    return None
+
+
+def check_folder(folder: Path, cells: Sequence[Cell], results: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where a cell's file holds a result of other settings: it would be lost."""
+    for cell in cells:
+        for result in results:
+            if place_of(result) == cell.place and result["settings"] != cell.settings:
+                difference = ", ".join(_differences(result["settings"], cell.settings))
+                raise ValueError(
+                    f"--output_dir {folder} holds {cell.name} with other settings ({difference}): give the same"
+                    " --budget, --max_steps and data as before, or another folder."
+                )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in dict.fromkeys((*old, *new)):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append(f"{prefix}{name} {before}, now {after}")
+    return found
+
+
+def place_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a result stands, as `Cell.place`."""
+    return {name: result[name] for name in ("table", "row", "column", "seed")}
+
+
+def without_place(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What can be said of another cell of the same settings."""
+    return {name: value for name, value in result.items() if name not in (*place_of(result), "paper")}
+
+
+def write_cell(folder: Path, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a cell's file and return what it holds.
+
+    result: "status" ("done", "diverged" or "failed"), "figures", "seconds", "versions", and what else there is to say.
+    """
+    content = {**cell.place, "paper": cell.paper, **result, "settings": cell.settings}
+    write_atomically(cell_file(folder, cell), json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return content

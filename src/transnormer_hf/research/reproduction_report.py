@@ -1,0 +1,531 @@
+"""What the cells of `reproduction.py` found, as Markdown and figures: tables, their order, and conclusions.
+
+Every sentence about a figure is made from the cells' files. Where there are several seeds, a difference that is smaller
+than the spread between them decides nothing; where there is one, a difference of less than 2 %.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..hub.model_card import markdown_table
+from ..training.files import replacing, write_atomically
+from .ablations import find_ablations
+from .reproduction import (
+    ABLATION_TABLES,
+    ARENA_MODELS,
+    CURVES,
+    GRADIENT_ROWS,
+    MODELS,
+    REPORTED_SPEED,
+    TABLES,
+    read_cells,
+)
+
+Result = Mapping[str, Any]
+
+TITLES = {
+    "1": "Table 1: the scaling of linear attention removed",
+    "2": "Table 2: relative standard deviation of gradients over training",
+    "3": "Table 3: 1+elu and softmax in early and late layers",
+    "4": "Table 4: causal language modelling",
+    "5": "Table 5: GLUE, fine-tuned from the masked language models above",
+    "6": "Table 6: Long-Range Arena",
+    "7": "Table 7: speed",
+    "8": "Table 8: share of DiagAttention layers",
+    "9": "Table 9: order of DiagAttention and NormAttention",
+    "10": "Table 10: FFN against GLU",
+    "11": "Table 11: block size",
+    "12": "Table 12: both attentions in one layer",
+    "fig2": "Figure 2: locally accumulated attention",
+    "lln": "Linear Log-Normal Attention",
+}
+
+
+class Figure(NamedTuple):
+    """What a table is about: the name of the figure in a cell's file, what it is in words, and which way is better."""
+
+    name: str
+    title: str
+    higher_is_better: bool = False
+    factor: float = 1
+
+
+MASKED = Figure("perplexity", "validation perplexity per masked token")
+FIGURES = {
+    **dict.fromkeys(ABLATION_TABLES, MASKED),
+    "2": Figure("relative_deviation", "standard deviation of the gradient's norm over all steps, by its mean"),
+    "4": Figure("perplexity", "validation perplexity per token"),
+    "5": Figure("score", "accuracy, F1 for MRPC, Matthews correlation for CoLA, in percent", True, 100),
+    "6": Figure("accuracy", "accuracy in percent", True, 100),
+}
+
+
+class Claim(NamedTuple):
+    """A conclusion of the paper: in its table, one row is better than another; by `factor`, where that is claimed."""
+
+    text: str
+    table: str
+    better: str
+    worse: str
+    factor: float = 1
+
+
+CLAIMS = (
+    Claim("Removing the scaling without a norm blows up", "1", "1+elu with scaling", "1+elu, scaling removed", 2),
+    Claim("NormAttention repairs it", "1", "NormAttention, RMSNorm", "1+elu, scaling removed", 2),
+    Claim("NormAttention is better than scaling", "1", "NormAttention, RMSNorm", "1+elu with scaling"),
+    Claim("NormAttention's gradients are steadier than 1+elu's", "2", "NormAttention", "1+elu"),
+    Claim("Vanilla attention's gradients are steadier than 1+elu's", "2", "Vanilla", "1+elu"),
+    Claim("Vanilla layers help 1+elu, early", "3", "vanilla early, 1+elu late", "1+elu early, 1+elu late"),
+    Claim("Vanilla early is better than late", "3", "vanilla early, 1+elu late", "1+elu early, vanilla late"),
+    Claim("T2 is better than 1+elu as a causal model", "4", "T2", "1+elu"),
+    Claim("T2 is better than vanilla as a causal model", "4", "T2", "Vanilla"),
+    Claim("Half Diag is better than none", "8", "50 % Diag", "0 % Diag"),
+    Claim("Half Diag is better than Diag alone", "8", "50 % Diag", "100 % Diag"),
+    Claim("Diag to Norm beats Norm to Diag", "9", "Diag early, Norm late", "Norm early, Diag late"),
+    Claim("GLU beats FFN", "10", "GLU", "FFN"),
+    Claim("Larger blocks help, 64 over 32", "11", "block 64", "block 32"),
+    Claim("Larger blocks help, 128 over 64", "11", "block 128", "block 64"),
+    Claim("In turn by depth is better than chained", "12", "in turn by depth", "chained, Diag to Norm"),
+    Claim("Parallel is better than in turn by depth", "12", "parallel", "in turn by depth"),
+)
+
+
+TOO_SMALL = 0.02  # relative difference that decides nothing where there is one seed
+
+
+# ---- Numbers ----
+
+
+def value_of(result: Result) -> float | None:
+    """A cell's figure; infinite (or 0, where more is better) for a training that diverged, None for one that failed."""
+    figure = FIGURES[result["table"]]
+    if result["status"] == "failed":
+        return None
+    value = result["figures"].get(figure.name)
+    if value is None:
+        return 0.0 if figure.higher_is_better else math.inf
+    return figure.factor * value
+
+
+def values_by_seed(results: Iterable[Result], table: str, row: str, column: str) -> dict[int, float]:
+    """Seed -> figure of the cells in one place."""
+    place = (table, row, column)
+    found = {result["seed"]: value_of(result) for result in results if _place(result) == place}
+    return {seed: value for seed, value in sorted(found.items()) if value is not None}
+
+
+def _place(result: Result) -> tuple[str, str, str]:
+    return result["table"], result["row"], result["column"]
+
+
+def mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Largest less smallest; 0 where all are infinite."""
+    return 0.0 if max(values) == min(values) else max(values) - min(values)
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Rank correlation, equal values sharing their rank; NaN where one side has one value only."""
+    ranks = torch.stack([_ranks(torch.tensor(values, dtype=torch.float64)) for values in (first, second)])
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    return (values > values[:, None]).sum(0) + ((values == values[:, None]).sum(0) - 1) / 2
+
+
+# ---- Sentences ----
+
+
+def judge(claim: Claim, column: str, results: Sequence[Result]) -> str | None:
+    """Whether a conclusion holds in a column, in a sentence; None where one of its rows has not been run."""
+    better, worse = (values_by_seed(results, claim.table, row, column) for row in (claim.better, claim.worse))
+    seeds = sorted(set(better) & set(worse))
+    if not seeds:
+        return None
+    ours, theirs = [better[seed] for seed in seeds], [worse[seed] for seed in seeds]
+    higher = FIGURES[claim.table].higher_is_better
+    margin = mean(ours) - mean(theirs) if higher else mean(theirs) - mean(ours)
+    if math.isnan(margin):  # infinite on both sides
+        verdict = "not decided: both diverged"
+    elif len(seeds) > 1 and abs(margin) <= (noise := max(spread(ours), spread(theirs))) < math.inf:
+        verdict = f"not decided: the difference of {margin:.3g} is within the spread between seeds of {noise:.3g}"
+        if len({mine < other for mine, other in zip(ours, theirs, strict=True)}) == 1:
+            verdict += ", though it has the same sign with each"
+    elif len(seeds) == 1 and abs(margin) < TOO_SMALL * max(mean(ours), mean(theirs)) < math.inf:
+        verdict = f"not decided: one seed, and a difference of less than {TOO_SMALL:.0%}"
+    elif margin <= 0:
+        verdict = "does not hold"
+    elif claim.factor > 1 and mean(theirs) < claim.factor * mean(ours):
+        verdict = f"does not hold: better, but by less than a factor of {claim.factor:g}"
+    else:
+        verdict = "holds"
+    detail = f"{claim.better} {number(mean(ours))}, {claim.worse} {number(mean(theirs))}"
+    if len(seeds) == 1 and "one seed" not in verdict:
+        detail += "; one seed"
+    return f"{claim.text}{f' ({column.upper()})' if column else ''}: **{verdict}** ({detail})."
+
+
+def conclusions(results: Sequence[Result]) -> list[str]:
+    """A sentence for every conclusion and column; for one that no cell speaks of, that it was not run."""
+    sentences = []
+    for claim in CLAIMS:
+        columns = dict.fromkeys(result["column"] for result in results if result["table"] == claim.table)
+        judged = [sentence for column in columns if (sentence := judge(claim, column, results)) is not None]
+        sentences += judged or [f"{claim.text}: not run."]
+    return sentences
+
+
+def describe_order(table: str, column: str, results: Sequence[Result]) -> str | None:
+    """Our order of the rows for which the paper's figures are known, and its, best first; None for one such row."""
+    rows = {}
+    for result in results:
+        if (result["table"], result["column"]) == (table, column) and result["paper"] is not None:
+            values = values_by_seed(results, table, result["row"], column)
+            if values:
+                rows[result["row"]] = (mean(values.values()), result["paper"])
+    if len(rows) < 2:
+        return None
+    sign = -1 if FIGURES[table].higher_is_better else 1
+    ours = sorted(rows, key=lambda row: sign * rows[row][0])
+    papers = sorted(rows, key=lambda row: sign * rows[row][1])
+    text = f"{column.upper()}: " if column else ""
+    text += "the order of the rows is the paper's" if ours == papers else "the order of the rows is not the paper's"
+    text += f": {' < '.join(ours)}" if sign > 0 else f": {' > '.join(ours)}"
+    if ours != papers:
+        text += f"; the paper's: {(' < ' if sign > 0 else ' > ').join(papers)}"
+    if len(rows) >= 3:
+        text += f". Rank correlation {spearman(*zip(*rows.values(), strict=True)):.2f} over {len(rows)} rows"
+    return text + "."
+
+
+def describe_blocks(results: Sequence[Result]) -> str:
+    """How many tokens a block has here, by the name that it has in the paper."""
+    tokens = {result["row"]: result["settings"]["model"]["block_size"] for result in results}
+    listed = sorted(tokens.items(), key=lambda item: item[1])
+    return f"Tokens of a block here: {', '.join(f'{row}: {count}' for row, count in listed)}."
+
+
+def describe_steps(results: Sequence[Result]) -> str | None:
+    """How long each row of a table was trained; None where all were as long."""
+    steps: dict[str, set[int]] = {}
+    for result in results:
+        if "training" in result["settings"]:
+            steps.setdefault(result["row"], set()).add(result["settings"]["training"]["max_steps"])
+    if len(set().union(*steps.values())) < 2:
+        return None
+    listed = (f"{row}: {' and '.join(map(str, sorted(counts)))}" for row, counts in steps.items())
+    return f"Rows differ in their steps of training: {', '.join(listed)}."
+
+
+def number(value: float) -> str:
+    if math.isinf(value):
+        return "diverged"
+    return f"{value:.3g}" if value < 10 else f"{value:.1f}"
+
+
+# ---- Markdown ----
+
+
+def draw(folder: Path) -> None:
+    """Write `results.md` and the figures from the cells in a folder. Raises FileNotFoundError where there are none."""
+    results = read_cells(folder)
+    if not results:
+        raise FileNotFoundError(f"--output_dir {folder} holds no cells to draw: run some first.")
+    images = draw_figures(results, folder)
+    write_atomically(folder / "results.md", markdown(results, images))
+
+
+def markdown(results: Sequence[Result], images: Sequence[str] = ()) -> str:
+    """The report. `images` are the names of the figures beside it."""
+    parts = ["# The tables of the paper at laptop scale", INTRODUCTION, *describe_settings(results)]
+    parts += ["## Conclusions", "\n".join(f"- {sentence}" for sentence in conclusions(results))]
+    for table in TABLES:
+        mine = [result for result in results if result["table"] == table]
+        if not mine:
+            continue
+        parts.append(f"## {TITLES[table]}")
+        if table in FIGURES:
+            parts += [f"{FIGURES[table].title.capitalize()}.", draw_table(table, mine)]
+            columns = dict.fromkeys(result["column"] for result in mine)
+            orders = [text for column in columns if (text := describe_order(table, column, mine)) is not None]
+            parts += ["\n".join(f"- {text}" for text in orders)] if orders else []
+            parts += [describe_blocks(mine)] if table == "11" else []
+        else:
+            parts += OTHER_TABLES[table](mine)
+        if (steps := describe_steps(mine)) is not None:
+            parts.append(steps)
+        parts += [f"![{TITLES[table]}]({image})" for image in images if image.startswith(f"{IMAGES.get(table)}")]
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = """Made by `scripts/reproduce.py` from the files in `cells/`, sentences included. The paper's figures are
+of models a hundred times as large, on other data and tokens: their sizes cannot be compared with ours, but the order of
+the rows can, and whether a conclusion holds at this scale. Rows are named as in the paper, blocks by their size there.
+Where a cell was run with several seeds, the table has the mean, and what each seed found in brackets; a difference
+within the spread between the seeds decides nothing, nor does one of less than 2 % where there is one seed."""
+
+
+def describe_settings(results: Sequence[Result]) -> list[str]:
+    """One line on each kind of training: what the settings of its cells are about."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        kinds.setdefault(result["settings"]["task"], []).append(result["settings"])
+    lines = []
+    for kind, settings in kinds.items():
+        values: dict[str, list[str]] = {}
+        for name, value in (pair for mine in settings for pair in _flat(mine)):
+            if str(value) not in values.setdefault(name, []):
+                values[name].append(str(value))
+        shown = [f"{name.rpartition('.')[2]} {' or '.join(values[name])}" for name in SHOWN if name in values]
+        seconds = [result["seconds"] for result in results if result["settings"]["task"] == kind]
+        lines.append(f"- {KINDS[kind]}: {', '.join([*shown, f'{statistics.median(seconds):.0f} s a cell'])}.")
+    return ["\n".join(lines)]
+
+
+KINDS = {
+    "mlm": "Masked language models",
+    "clm": "Causal language models",
+    "glue": "GLUE",
+    "lra": "Long-Range Arena",
+    "speed": "Speed",
+    "lln": "Linear Log-Normal Attention",
+}
+SHOWN = (
+    "model.hidden_size",
+    "model.num_hidden_layers",
+    "model.num_attention_heads",
+    *(f"training.{name}" for name in ("max_steps", "per_device_train_batch_size", "max_seq_length", "learning_rate")),
+    *(f"data.{name}" for name in ("dataset", "train.file", "tokenizer.vocab_size", "tokenizer.name")),
+)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{name}.")
+        else:
+            pairs.append((f"{prefix}{name}", value))
+    return pairs
+
+
+def row_order(table: str, results: Sequence[Result]) -> list[str]:
+    """The rows of a table, in the order of the paper."""
+    present = dict.fromkeys(result["row"] for result in results)
+    if table in ABLATION_TABLES:
+        return [row.row for row in find_ablations(int(table)) if row.row in present]
+    known = {"2": GRADIENT_ROWS, "4": MODELS, "5": MODELS, "6": ARENA_MODELS, "fig2": CURVES}[table]
+    return [row for row in known if row in present]
+
+
+def draw_table(table: str, results: Sequence[Result]) -> str:
+    """Rows by columns, our figure and the paper's in each."""
+    columns = list(dict.fromkeys(result["column"] for result in results))
+    header = ["", *(name for column in columns for name in (f"{column.upper()} ours".strip(), "paper"))]
+    lines = []
+    for row in row_order(table, results):
+        cells = [row]
+        for column in columns:
+            here = [result for result in results if (result["row"], result["column"]) == (row, column)]
+            cells += [describe_cells(here), next((f"{r['paper']:g}" for r in here if r["paper"] is not None), "–")]
+        lines.append(cells)
+    return markdown_table(header, lines)
+
+
+def describe_cells(results: Sequence[Result]) -> str:
+    """The mean over seeds and what each seed found; of a training that diverged, where."""
+    values = [value for result in results if (value := value_of(result)) is not None]
+    notes = [f"failed: {result['error'].splitlines()[0]}" for result in results if result["status"] == "failed"]
+    notes += [
+        f"diverged at step {result['diverged']['step']}, seed {result['seed']}, loss {result['diverged']['loss']}"
+        for result in results
+        if result["status"] == "diverged"
+    ]
+    finite = [value for value in values if math.isfinite(value)]
+    texts = []
+    if len(finite) == 1:
+        texts.append(number(finite[0]))
+    elif finite:
+        texts.append(f"{number(mean(finite))} ({', '.join(map(number, finite))})")
+    return "; ".join([*texts, *notes]) or "–"
+
+
+def draw_speed(results: Sequence[Result]) -> list[str]:
+    """Training steps per second; the paper's are those of a GPU, so what can be compared is the share of Vanilla's."""
+    steps = {(row["model"], row["length"]): row["steps_per_second"] for row in results[0]["figures"]["training"]}
+    lengths = sorted({length for _, length in steps})
+    lines = []
+    for model in dict.fromkeys(model for model, _ in steps):
+        ours = [f"{steps[model, length]:.3g}" if (model, length) in steps else "–" for length in lengths]
+        lines.append([model, *ours])
+    for model, papers in REPORTED_SPEED.items():
+        lines.append([f"{model}, paper (A6000)", *(f"{papers[n]:g}" if n in papers else "–" for n in lengths)])
+    return ["Training, steps per second.", markdown_table(["", *map(str, lengths)], lines)]
+
+
+def draw_curves(results: Sequence[Result]) -> list[str]:
+    """Accumulated attention at r = 0.4, mean over layers."""
+    curves = {row: accumulated_curve(results, row) for row in row_order("fig2", results)}
+    known = {row: curve for row, curve in curves.items() if curve is not None}
+    lines = [[row, *(f"{dict(zip(*curve, strict=True))[r]:.3f}" for r in SHOWN_RATIOS)] for row, curve in known.items()]
+    text = (
+        "Share of the attention within a window of r times the text about a token, mean over layers, heads and texts."
+    )
+    parts = [text, markdown_table(["", *(f"r = {r}" for r in SHOWN_RATIOS)], lines)]
+    if {"Vanilla", "1+elu"} <= set(known):
+        vanilla, linear = (dict(zip(*known[row], strict=True))[0.4] for row in ("Vanilla", "1+elu"))
+        verdict = "holds" if vanilla > linear else "does not hold"
+        if abs(vanilla - linear) < TOO_SMALL:
+            verdict = "not decided"
+        parts.append(
+            f"- Vanilla attention is more local than 1+elu (the paper: 0.8 against 0.4 at r = 0.4): **{verdict}**"
+            f" ({vanilla:.2f} against {linear:.2f}; a uniform map has 0.40)."
+        )
+    return parts
+
+
+SHOWN_RATIOS = (0.1, 0.2, 0.4, 0.8)
+
+
+def accumulated_curve(results: Sequence[Result], row: str) -> tuple[list[float], list[float]] | None:
+    """Ratios and accumulated attention of a row, mean over seeds and layers; None where nothing was measured."""
+    measured = [r["figures"]["attention"] for r in results if r["row"] == row and "attention" in r["figures"]]
+    curves = [layer["curve"] for attention in measured for layer in attention["layers"] if None not in layer["curve"]]
+    if not curves:
+        return None
+    ratios = [round(ratio, 6) for ratio in measured[0]["ratios"]]
+    return ratios, [mean(values) for values in zip(*curves, strict=True)]
+
+
+def draw_log_normal(results: Sequence[Result]) -> list[str]:
+    figures = results[0]["figures"]
+    concentration = markdown_table(
+        ["scale of q and k", "entropy, softmax", "entropy, LLN", "gap, softmax", "gap, LLN"],
+        (
+            [
+                f"{row['scale']:g}",
+                *(f"{row[kind][name]:.3f}" for kind in ("entropy", "gap") for name in ("softmax", "lln")),
+            ]
+            for row in figures["concentration"]
+        ),
+    )
+    memory = markdown_table(
+        ["tokens", "softmax by its map", "softmax, fused", "LLN"],
+        (
+            [str(row["length"]), *(f"{row[name] / 1e6:.2f}" for name in ("softmax map", "softmax", "lln"))]
+            for row in figures["memory"]
+        ),
+    )
+    settings = results[0]["settings"]
+    return [
+        f"Entropy of the rows in bits and spectral gap of the maps of {settings['tokens']} tokens, queries and keys of"
+        f" {settings['head_dim']} Gaussian channels with this standard deviation.",
+        concentration,
+        "Megabytes that one head keeps for the backward pass.",
+        memory,
+        f"The fast form of LLN differs from its definition by {figures['error']:.1e} of the largest output.",
+    ]
+
+
+OTHER_TABLES = {"7": draw_speed, "fig2": draw_curves, "lln": draw_log_normal}
+
+
+# ---- Figures ----
+
+IMAGES = {
+    "fig2": "accumulated_attention",
+    "lln": "log_normal",
+    **{table: f"table{table}." for table in ABLATION_TABLES},
+}
+
+
+def draw_figures(results: Sequence[Result], folder: Path) -> list[str]:
+    """Write the figures that there are results for, and return their names; none without matplotlib."""
+    try:
+        from matplotlib.figure import Figure as Canvas
+    except ImportError:
+        print("no figures: matplotlib is not installed (pip install 'transnormer-hf[plot]').")
+        return []
+    drawn = []
+    for table in TABLES:
+        mine = [result for result in results if result["table"] == table and result["status"] != "failed"]
+        if not mine or table not in IMAGES:
+            continue
+        canvas = Canvas(figsize=(7, 3.2), layout="constrained")
+        if table == "fig2":
+            _plot_curves(canvas, mine)
+        elif table == "lln":
+            _plot_log_normal(canvas, mine[0]["figures"])
+        else:
+            _plot_rows(canvas, table, mine)
+        name = f"{IMAGES[table].removesuffix('.')}.png"
+        with replacing(folder / name) as path:
+            canvas.savefig(path, dpi=90, format="png")
+        drawn.append(name)
+    return drawn
+
+
+def _plot_curves(canvas: Any, results: Sequence[Result]) -> None:
+    axes = canvas.add_subplot()
+    for row in row_order("fig2", results):
+        if (curve := accumulated_curve(results, row)) is not None:
+            axes.plot(*curve, marker=".", label=row)
+    axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, linestyle=":", label="uniform")
+    axes.set(xlabel="share of the text, r", ylabel="accumulated attention", xlim=(0, 1), ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _plot_rows(canvas: Any, table: str, results: Sequence[Result]) -> None:
+    """A line per row: each seed a point, columns in colours, the worst at the right."""
+    axes = canvas.add_subplot()
+    rows = row_order(table, results)
+    for number_of_column, column in enumerate(dict.fromkeys(result["column"] for result in results)):
+        points = [
+            (value, rows.index(result["row"]) + 0.15 * number_of_column)
+            for result in results
+            if result["column"] == column and (value := value_of(result)) is not None and math.isfinite(value)
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", label=column.upper() or None, alpha=0.8)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set(xlabel=FIGURES[table].title)
+    axes.grid(alpha=0.3, axis="x", which="both")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def _plot_log_normal(canvas: Any, figures: Mapping[str, Any]) -> None:
+    for axes, kind, label in zip(
+        canvas.subplots(1, 3),
+        ("entropy", "gap", "memory"),
+        ("entropy, bits", "spectral gap", "bytes kept"),
+        strict=True,
+    ):
+        if kind == "memory":
+            for name in ("softmax map", "softmax", "lln"):
+                axes.plot(
+                    *zip(*((row["length"], row[name]) for row in figures["memory"]), strict=True), ".-", label=name
+                )
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set(xlabel="tokens", ylabel=label)
+        else:
+            for name in ("softmax", "lln"):
+                rows = figures["concentration"]
+                axes.plot([row["scale"] for row in rows], [row[kind][name] for row in rows], ".-", label=name)
+            axes.set(xlabel="scale of q and k", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)

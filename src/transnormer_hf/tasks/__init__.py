@@ -1,0 +1,1 @@
+"""GLUE and Long-Range Arena: their data, their metrics, their heads."""

@@ -1,0 +1,1 @@
+"""What runs the Trainer: pre-training, fine-tuning, packed data, checkpoints, sequence parallelism."""

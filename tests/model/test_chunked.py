@@ -1,0 +1,442 @@
+"""The chunked attentions of `chunked_transnormer.py` against their definitions: values, states, gradients, masks,
+packing, dtypes, views, memory, and what torch.compile and torch.export make of them."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from transnormer_hf.model import chunked_transnormer, ops_transnormer, tiles_transnormer
+from transnormer_hf.model.ops_transnormer import diag_attention, norm_attention
+from transnormer_hf.model.reference_transnormer import token_layout
+from transnormer_hf.model.tiles_transnormer import must_align
+
+# Around the chunk of 64 and the tile of 512 tokens.
+LENGTHS = [1, 7, 63, 64, 65, 130, 300, 600]
+HEADS, HEAD_DIM = 2, 8
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The tensors are too small for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def projections(batch_size: int, seq_len: int, count: int = 3, head_dim: int = HEAD_DIM, dtype=torch.float64):
+    """Transposed views, as a model makes them."""
+    return [
+        torch.randn(batch_size, seq_len, HEADS, head_dim, dtype=dtype).transpose(1, 2).requires_grad_()
+        for _ in range(count)
+    ]
+
+
+def rotation(head_dim: int = HEAD_DIM, dtype=torch.float64):
+    theta = torch.rand(head_dim // 2, dtype=dtype).requires_grad_()
+    return theta, F.normalize(torch.randn(head_dim, dtype=dtype), dim=0).requires_grad_()
+
+
+def padding_mask(seq_len: int) -> torch.Tensor:
+    """Padding on the left, on the right, inside, everywhere, and nowhere."""
+    mask = torch.ones(5, seq_len, dtype=torch.long)
+    mask[0, : seq_len // 3] = 0
+    mask[1, seq_len - seq_len // 4 :] = 0
+    mask[2, seq_len // 2 : seq_len // 2 + 3] = 0
+    mask[3] = 0
+    return mask
+
+
+def layout_of(kind: str, seq_len: int):
+    """Batch size, layout, number of states, and where outputs are defined."""
+    device = torch.device("cpu")
+    if kind == "masked":
+        mask = padding_mask(seq_len)
+        return len(mask), token_layout(len(mask), seq_len, device, attention_mask=mask), len(mask), mask.bool()
+    if kind == "packed":  # with an empty sequence, and tokens beyond the last boundary
+        cu_seqlens = torch.tensor([0, seq_len // 3, seq_len // 3, seq_len - seq_len // 5])
+        return 1, token_layout(1, seq_len, device, cu_seqlens=cu_seqlens), 3, torch.ones(1, seq_len, dtype=torch.bool)
+    offset = torch.tensor([5, 5, 0, 70]) if kind == "continued" else 0
+    layout = token_layout(4, seq_len, device, position_offset=offset)
+    return 4, layout, 4, torch.ones(4, seq_len, dtype=torch.bool)
+
+
+def assert_all_close(results, expected, tolerance=1e-10):
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.dtype == wanted.dtype
+        assert result.shape == wanted.shape
+        scale = wanted.abs().max().clamp(min=1)
+        torch.testing.assert_close(result / scale, wanted / scale, rtol=0, atol=tolerance)
+
+
+KINDS = ["whole", "masked", "packed", "continued"]
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seq_len", LENGTHS)
+@pytest.mark.parametrize(("feature_map", "with_lrpe"), [("identity", False), ("elu", True), ("1+elu", True)])
+def test_norm_attention_equals_its_definition(seq_len, kind, causal, feature_map, with_lrpe):
+    batch_size, layout, num_states, is_defined = layout_of(kind, seq_len)
+    query, key, value = projections(batch_size, seq_len)
+    initial_state = torch.randn(num_states, HEADS, HEAD_DIM, HEAD_DIM, dtype=torch.float64).requires_grad_()
+    lrpe = rotation() if with_lrpe else None
+    inputs = [query, key, value, initial_state, *(lrpe or ())]
+    grad_output = torch.randn_like(value) * is_defined[:, None, :, None]
+    grad_state = torch.randn_like(initial_state)
+    results = []
+    for backend in ("torch", "eager"):
+        output, state = norm_attention(
+            query,
+            key,
+            value,
+            causal=causal,
+            feature_map=feature_map,
+            lrpe=lrpe,
+            initial_state=initial_state,
+            return_state=True,
+            backend=backend,
+            layout=layout,
+        )
+        grads = torch.autograd.grad([output, state], inputs, [grad_output, grad_state])
+        results.append([output * is_defined[:, None, :, None], state, *grads])
+    assert_all_close(*results)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seq_len", LENGTHS)
+@pytest.mark.parametrize(("activation", "with_lrpe"), [("softmax", True), ("relu", True), ("softmax", False)])
+def test_diag_attention_equals_its_definition(seq_len, kind, causal, activation, with_lrpe):
+    batch_size, layout, _, is_defined = layout_of(kind, seq_len)
+    query, key, value = projections(batch_size, seq_len)
+    lrpe = rotation() if with_lrpe else None
+    grad_output = torch.randn_like(value) * is_defined[:, None, :, None]
+    results = []
+    for backend in ("torch", "eager"):
+        output = diag_attention(
+            query,
+            key,
+            value,
+            block_size=64,
+            causal=causal,
+            activation=activation,
+            lrpe=lrpe,
+            backend=backend,
+            layout=layout,
+        )
+        grads = torch.autograd.grad(output, [query, key, value, *(lrpe or ())], grad_output)
+        results.append([output * is_defined[:, None, :, None], *grads])
+    assert_all_close(*results)
+
+
+@pytest.mark.parametrize("block_size", [7, 64, 1000])
+def test_blocks_that_are_multiplied_where_they_lie_may_take_several_tiles_and_have_a_tail(monkeypatch, block_size):
+    monkeypatch.setattr(tiles_transnormer, "HEAD_TILE_SIZE", 128)
+    options = {"block_size": block_size, "causal": True, "activation": "relu"}
+    with patch.object(chunked_transnormer, "spans_of") as general_path:
+        query, key, value = (tensor.detach() for tensor in projections(2, 600))
+        output = diag_attention(query, key, value, **options, backend="torch")
+    assert not general_path.called
+    assert_all_close([output], [diag_attention(query, key, value, **options, backend="eager")])
+
+
+class _WatchReads(TorchDispatchMode):
+    """Counts the values that the host asks a tensor for."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("kind", ["whole", "masked", "continued"])
+@pytest.mark.parametrize("activation", ["softmax", "relu"])
+def test_off_the_cpu_positions_are_not_read_by_the_host(monkeypatch, activation, kind, causal):
+    """Which would make it wait for the device in every layer. The CPU plays the device here."""
+    batch_size, layout, _, is_defined = layout_of(kind, 130)
+    inputs = [*projections(batch_size, 130), *rotation()]
+    grad_output = torch.randn_like(inputs[0]) * is_defined[:, None, :, None]
+    results = []
+    for aligns in (False, True):
+        monkeypatch.setattr(chunked_transnormer, "must_align", lambda positions, cu_seqlens, aligns=aligns: aligns)
+        torch.manual_seed(3)
+        refusal = patch.object(torch.Tensor, "tolist", side_effect=AssertionError) if aligns else nullcontext()
+        with refusal, _WatchReads() as watch:
+            output = diag_attention(
+                *inputs[:3],
+                block_size=16,
+                causal=causal,
+                activation=activation,
+                lrpe=tuple(inputs[3:]),
+                # the columns of a block that was begun earlier are numbered differently
+                dropout_p=0.0 if kind == "continued" else 0.25,
+                backend="torch",
+                layout=layout,
+            )
+            grads = torch.autograd.grad(output, inputs, grad_output)
+        assert not (aligns and watch.reads)
+        results.append([output * is_defined[:, None, :, None], *grads])
+    assert_all_close(*results)
+
+
+def test_only_off_the_cpu_rows_are_aligned():
+    positions = torch.arange(5)
+    assert not must_align(positions, None)
+    assert must_align(positions.to("meta"), None)
+    assert not must_align(positions.to("meta"), torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16, 600])
+def test_diag_attention_takes_any_block_size(block_size):
+    query, key, value = projections(2, 50)
+    attend = {"block_size": block_size, "causal": True, "lrpe": rotation()}
+    output = diag_attention(query, key, value, backend="torch", **attend)
+    assert_all_close([output], [diag_attention(query, key, value, backend="eager", **attend)])
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_norm_attention_gradients_are_those_of_finite_differences(causal):
+    query, key, value = projections(2, 5, head_dim=4)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 1]])
+    initial_state = torch.randn(2, HEADS, 4, 4, dtype=torch.float64).requires_grad_()
+
+    def attend(query, key, value, initial_state, theta, householder):
+        return norm_attention(
+            query,
+            key,
+            value,
+            causal=causal,
+            feature_map="1+elu",
+            lrpe=(theta, householder),
+            attention_mask=mask,
+            initial_state=initial_state,
+            return_state=True,
+            backend="torch",
+        )
+
+    assert torch.autograd.gradcheck(attend, (query, key, value, initial_state, *rotation(4)), fast_mode=True)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "relu"])
+def test_diag_attention_gradients_are_those_of_finite_differences(activation):
+    query, key, value = projections(2, 7, head_dim=4)
+
+    def attend(query, key, value, theta, householder):
+        return diag_attention(
+            query,
+            key,
+            value,
+            block_size=3,
+            causal=True,
+            activation=activation,
+            lrpe=(theta, householder),
+            backend="torch",
+        )
+
+    assert torch.autograd.gradcheck(attend, (query, key, value, *rotation(4)), fast_mode=True)
+
+
+def test_dropout_drops_and_rescales_entries_of_the_map():
+    """With one-hot values the output is the map itself."""
+    query, key, _ = projections(2, 64, head_dim=64)
+    value = torch.eye(64, dtype=torch.float64).expand(2, HEADS, 64, 64)
+    attend = {"block_size": 64, "causal": False, "backend": "torch"}
+    weights = diag_attention(query, key, value, **attend)
+    dropped = diag_attention(query, key, value, dropout_p=0.25, **attend)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], weights[kept] / 0.75)
+    assert 0.7 < kept.double().mean() < 0.8
+
+
+def test_dropout_drops_the_same_entries_in_the_backward_pass():
+    query, key, value = projections(1, 100)
+
+    def attend(value):
+        torch.manual_seed(3)
+        return diag_attention(query, key, value, block_size=16, causal=True, dropout_p=0.5, backend="torch")
+
+    direction, grad_output = torch.randn_like(value), torch.randn_like(value)
+    (grad_value,) = torch.autograd.grad(attend(value), value, grad_output)
+    torch.testing.assert_close((attend(direction) * grad_output).sum(), (grad_value * direction).sum())
+
+    def attend_to_query(query):
+        torch.manual_seed(3)
+        return diag_attention(query, key, value, block_size=16, causal=True, dropout_p=0.5, backend="torch")
+
+    assert torch.autograd.gradcheck(attend_to_query, (query,), fast_mode=True)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32_and_rounded_at_the_end(causal, dtype):
+    query, key, value = (tensor.detach().to(dtype) for tensor in projections(2, 300))
+    lrpe = tuple(parameter.detach().float() for parameter in rotation())
+    norm = {"causal": causal, "feature_map": "1+elu", "lrpe": lrpe, "return_state": True, "backend": "torch"}
+    diag = {"causal": causal, "block_size": 64, "lrpe": lrpe, "backend": "torch"}
+    wide = [tensor.float() for tensor in (query, key, value)]
+    output, state = norm_attention(query, key, value, **norm)
+    expected, expected_state = norm_attention(*wide, **norm)
+    assert_all_close([output, state], [expected.to(dtype), expected_state], tolerance=1e-6)
+    assert_all_close([diag_attention(query, key, value, **diag)], [diag_attention(*wide, **diag).to(dtype)])
+
+
+def test_autocast_does_not_reach_into_the_sums():
+    query, key, value = (tensor.detach().float() for tensor in projections(2, 130))
+    query.requires_grad_()
+    norm = {"causal": True, "backend": "torch"}
+    expected, _ = norm_attention(query, key, value, **norm)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), query)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = norm_attention(query, key, value, **norm)
+        (grad,) = torch.autograd.grad(output.sum(), query)
+    assert_all_close([output, grad], [expected, expected_grad], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_what_stands_in_the_padding_does_not_matter(causal):
+    mask = padding_mask(130)
+    clean = [tensor.detach() for tensor in projections(len(mask), 130)]
+    poisoned = [tensor.masked_fill(~mask.bool()[:, None, :, None], torch.nan) for tensor in clean]
+    for attend in (
+        lambda *qkv: norm_attention(*qkv, causal=causal, attention_mask=mask, backend="torch")[0],
+        lambda *qkv: diag_attention(*qkv, block_size=64, causal=causal, attention_mask=mask, backend="torch"),
+    ):
+        outputs = [attend(*qkv).transpose(1, 2)[mask.bool()] for qkv in (poisoned, clean)]
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_outputs_and_gradients_lie_as_the_inputs_do(causal):
+    """So that neither the reshape behind the attention nor that of the projections' gradients copies."""
+    query, key, value = projections(2, 100)
+    output, _ = norm_attention(query, key, value, causal=causal, backend="torch")
+    diag = diag_attention(query, key, value, block_size=64, causal=causal, backend="torch")
+    for tensor in (output, diag, *torch.autograd.grad((output + diag).sum(), [query, key, value])):
+        assert tensor.stride() == query.stride()
+
+
+def test_slices_of_one_merged_projection_are_taken_as_they_are():
+    merged = torch.randn(2, 100, 3, HEADS, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    views = merged.permute(2, 0, 3, 1, 4)
+    copies = [view.contiguous() for view in views]
+    for causal in (True, False):
+        results = []
+        for qkv in (views, copies):
+            output, _ = norm_attention(*qkv, causal=causal, feature_map="elu", backend="torch")
+            output = output + diag_attention(*qkv, block_size=16, causal=causal, backend="torch")
+            results.append([output, *torch.autograd.grad(output.square().sum(), merged, retain_graph=True)])
+        assert_all_close(*results)
+
+
+@pytest.mark.slow
+def test_memory_of_a_training_step_is_linear_and_at_most_three_times_inputs_and_outputs():
+    """The peak of a process of its own, on top of what a short sequence needs there."""
+    program = """
+import resource, torch
+torch.set_num_threads(1)
+from transnormer_hf.model.ops_transnormer import diag_attention, norm_attention
+lrpe = torch.rand(32, requires_grad=True), torch.nn.functional.normalize(torch.randn(64), dim=0)
+norm = {"feature_map": "1+elu", "lrpe": lrpe, "backend": "torch"}
+attentions = (
+    lambda *qkv: norm_attention(*qkv, causal=True, **norm)[0],
+    lambda *qkv: norm_attention(*qkv, causal=False, **norm)[0],
+    lambda *qkv: diag_attention(*qkv, block_size=64, causal=True, lrpe=lrpe, backend="torch"),
+)
+for seq_len in (1024, 8192, 16384):
+    for attend in attentions:
+        query, key, value = (torch.randn(1, seq_len, 4, 64).transpose(1, 2).requires_grad_() for _ in range(3))
+        output = attend(query, key, value)
+        output.backward(output.detach())
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    base, half, whole = map(int, output.split())
+    inputs_and_output = 4 * (16384 - 1024) * 4 * 64 * 4
+    assert whole - base <= 3 * inputs_and_output
+    assert whole - half <= 3 * inputs_and_output * 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_attentions_compile_and_export_as_one_graph_for_all_lengths(causal):
+    class Attentions(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.theta, self.householder = (torch.nn.Parameter(parameter.detach().float()) for parameter in rotation())
+
+        def forward(self, query, key, value, attention_mask):
+            arguments = {"causal": causal, "lrpe": (self.theta, self.householder), "attention_mask": attention_mask}
+            output, _ = norm_attention(query, key, value, feature_map="1+elu", backend="torch", **arguments)
+            return output + diag_attention(query, key, value, block_size=16, backend="torch", **arguments)
+
+    module = Attentions()
+
+    def inputs(batch_size, seq_len):
+        mask = torch.ones(batch_size, seq_len, dtype=torch.long)
+        mask[0, :3] = 0
+        return *(tensor.detach().float() for tensor in projections(batch_size, seq_len)), mask
+
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seq_len in (40, 100):
+        tensors, results = inputs(2, seq_len), []
+        for run in (compiled, module):
+            output = run(*tensors)
+            results.append([output, *torch.autograd.grad(output.square().sum(), [module.theta])])
+        assert_all_close(*results, tolerance=1e-6)
+
+    batch, seq = torch.export.Dim("batch", max=64), torch.export.Dim("seq", min=2, max=4096)
+    shapes = [{0: batch, 2: seq}] * 3 + [{0: batch, 1: seq}]
+    exported = torch.export.export(module, inputs(2, 40), dynamic_shapes=shapes).module()
+    for seq_len in (17, 300):
+        tensors = inputs(3, seq_len)
+        torch.testing.assert_close(exported(*tensors), module(*tensors))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_operators_keep_the_rules_of_torch(causal):
+    query, key, value = (tensor.detach().requires_grad_() for tensor in projections(2, 70))
+    theta, householder = rotation()
+    angles = (torch.arange(70)[:, None] * theta.detach())[None, None].requires_grad_()
+    mask = torch.ones(2, 70, dtype=torch.bool)
+    norm = (query, key, value, angles, householder, None, mask, None, causal, "elu", True, True)
+    torch.library.opcheck(chunked_transnormer.norm_attention_walk, norm, test_utils=OPCHECKS)
+    diag = (query, key, value, angles[0, 0, :16], householder, None, torch.arange(70), mask, None)
+    diag = (*diag, 16, causal, "softmax", 0.5, 0.0)
+    torch.library.opcheck(chunked_transnormer.diag_attention_walk, diag, test_utils=OPCHECKS)
+
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def test_the_file_can_be_loaded_twice_in_one_process():
+    """As the package, and as remote code from the Hub."""
+    folder = Path(ops_transnormer.__file__).parent
+    name = "transformers_modules_twice"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[name] = package
+    try:
+        second = importlib.import_module(f"{name}.chunked_transnormer")
+        assert second.norm_attention_walk is not chunked_transnormer.norm_attention_walk
+        query, key, value = projections(1, 70)
+        arguments = (query, key, value, None, None, None, None, None, True, "elu", True, True)
+        for module in (second, chunked_transnormer):
+            output, *_ = module.norm_attention_walk(*arguments)
+            output.sum().backward()
+    finally:
+        for loaded in [module for module in sys.modules if module.startswith(name)]:
+            del sys.modules[loaded]

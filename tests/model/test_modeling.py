@@ -1,0 +1,655 @@
+"""The base model: padding, packing, causality, maps, precision, compilation, and what it refuses."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, set_seed
+
+from transnormer_hf import TransNormerCache, TransNormerConfig, TransNormerForCausalLM, TransNormerModel
+from transnormer_hf.model.modeling_transnormer import TransNormerDiagAttention, TransNormerNormAttention
+
+VOCABULARY, BLOCK = 50, 4
+DIAG, NORM, HYBRID = "chunked_attention", "linear_attention", "hybrid"
+ORDERS = {
+    "paper": [DIAG, NORM],
+    "reversed": [NORM, DIAG],
+    "all Diag": [DIAG, DIAG],
+    "all Norm": [NORM, NORM],
+    "hybrid": [HYBRID, NORM],
+}
+FORMS = {  # placement of the norms and absolute positions, as they occur together
+    "post-norm, learned": {"norm_placement": "post", "position_embedding": "learned"},
+    "pre-norm, sinusoidal": {
+        "norm_placement": "pre",
+        "position_embedding": "sinusoidal",
+        "final_norm": "simple_rms",
+        "embedding_norm": "none",
+        "scale_embedding": True,
+    },
+    "pre-norm, none": {"norm_placement": "pre", "position_embedding": "none"},
+}
+
+variants = pytest.mark.parametrize("variant", ["t1", "t2"])
+orders = pytest.mark.parametrize("layer_types", ORDERS.values(), ids=ORDERS.keys())
+directions = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+backends = pytest.mark.parametrize("backend", ["eager", "torch"])
+
+
+def make_model(model_class=TransNormerModel, **fields):
+    """A tiny model whose biases are not zero, so that padding left in anywhere shows."""
+    defaults = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "layer_types": [DIAG, NORM],
+        "block_size": BLOCK,
+        "max_position_embeddings": 16,
+        "initializer_range": 0.1,
+    }
+    fields = defaults | fields
+    model = model_class(TransNormerConfig(**{"num_hidden_layers": len(fields["layer_types"])} | fields))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def make_ids(*shape):
+    return torch.randint(3, VOCABULARY, shape)
+
+
+def last_hidden_state(model, input_ids, **kwargs):
+    with torch.no_grad():
+        return model(input_ids, use_cache=False, **kwargs).last_hidden_state
+
+
+def packed_positions(lengths):
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+class TestPadding:
+    """Sequences of one token to three blocks and one, each alone and in every kind of company."""
+
+    LENGTHS = [*range(1, 3 * BLOCK + 2), BLOCK + 3]
+    LONGEST = max(LENGTHS)
+    TOLERANCE = 1e-5
+
+    @staticmethod
+    def batches(sequences):
+        """Model inputs by the kind of batch, with the row and columns where each sequence lies."""
+        lengths, longest = [len(ids) for ids in sequences], max(map(len, sequences))
+        columns = torch.arange(longest)
+        for side in ("right", "left"):
+            starts = [0 if side == "right" else longest - length for length in lengths]
+            input_ids = make_ids(len(sequences), longest)
+            for row, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
+                input_ids[row, start : start + len(ids)] = ids
+            first, size = torch.tensor(starts)[:, None], torch.tensor(lengths)[:, None]
+            mask = ((columns >= first) & (columns < first + size)).long()
+            places = [(row, slice(s, s + n)) for row, (s, n) in enumerate(zip(starts, lengths, strict=True))]
+            yield f"padded on the {side}", {"input_ids": input_ids, "attention_mask": mask}, places
+        for row in (0, BLOCK, len(sequences) - 2):
+            ids, pad = sequences[row], 3
+            alone = {"input_ids": nn.functional.pad(ids, (pad, 0))[None]}
+            alone["attention_mask"] = (torch.arange(pad + len(ids)) >= pad)[None]
+            yield "alone, padded on the left", alone, [None] * row + [(0, slice(pad, None))]
+
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        in_one_row = [(0, slice(a, b)) for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+        one_row = {"input_ids": torch.cat(sequences)[None], "position_ids": packed_positions(lengths)}
+        yield "packed by position_ids", one_row, in_one_row
+        yield "packed by cu_seq_lens_q", one_row | {"cu_seq_lens_q": ends.int()}, in_one_row
+        # two sequences to a row: the lengths are 1, 2, ..., 13 and 7
+        by_length = sorted(range(len(sequences)), key=lambda index: lengths[index])
+        pairs = [(by_length[i], by_length[-1 - i]) for i in range(len(sequences) // 2)]
+        several_rows = {
+            "input_ids": torch.stack([torch.cat([sequences[i] for i in pair]) for pair in pairs]),
+            "position_ids": torch.cat([packed_positions([lengths[i] for i in pair]) for pair in pairs]),
+        }
+        places = {}
+        for row, (early, late) in enumerate(pairs):
+            places[early], places[late] = (row, slice(0, lengths[early])), (row, slice(lengths[early], None))
+        yield "packed in several rows", several_rows, [places[index] for index in range(len(sequences))]
+
+    @variants
+    @orders
+    @directions
+    @forms
+    def test_changes_nothing_for_real_tokens(self, variant, layer_types, is_causal, form):
+        model = make_model(variant=variant, layer_types=layer_types, is_causal=is_causal, **form)
+        self.assert_company_changes_nothing(model, self.TOLERANCE)
+
+    @variants
+    @directions
+    def test_changes_nothing_but_the_rounding(self, variant, is_causal):
+        model = make_model(variant=variant, layer_types=[DIAG, NORM, HYBRID], is_causal=is_causal).double()
+        self.assert_company_changes_nothing(model, tolerance=1e-11)
+
+    def assert_company_changes_nothing(self, model, tolerance):
+        sequences = [make_ids(length) for length in self.LENGTHS]
+        expected = [last_hidden_state(model, ids[None])[0] for ids in sequences]
+        for kind, inputs, places in self.batches(sequences):
+            outputs = last_hidden_state(model, **inputs)
+            for alone, place in zip(expected, places, strict=False):
+                if place is not None:
+                    difference = (outputs[place] - alone).abs().max().item()
+                    assert difference < tolerance, f"{kind}, length {len(alone)}: {difference:.1e}"
+
+    @variants
+    @directions
+    @backends
+    def test_a_row_of_padding_is_finite_and_leaves_the_others_alone(self, variant, is_causal, backend):
+        model = make_model(variant=variant, layer_types=[DIAG, NORM, HYBRID], is_causal=is_causal, backend=backend)
+        input_ids, mask = make_ids(3, 9), torch.ones(3, 9, dtype=torch.long)
+        mask[0, :2] = 0
+        alone = last_hidden_state(model, input_ids[[0, 2]], attention_mask=mask[[0, 2]])
+        mask[1] = 0
+        outputs = model(input_ids, attention_mask=mask).last_hidden_state
+        assert outputs.isfinite().all()
+        torch.testing.assert_close(outputs[[0, 2]], alone)
+        outputs.sum().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+    @variants
+    @directions
+    @backends
+    def test_what_stands_in_padding_does_not_matter(self, variant, is_causal, backend):
+        model = make_model(variant=variant, layer_types=[DIAG, NORM, HYBRID], is_causal=is_causal, backend=backend)
+        mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 0, 1], [1, 1, 0, 0, 0, 0, 1, 1, 0, 0]])
+        input_ids = make_ids(2, 10)
+        other_ids = torch.where(mask == 1, input_ids, make_ids(2, 10))
+        outputs, others = (last_hidden_state(model, ids, attention_mask=mask) for ids in (input_ids, other_ids))
+        assert torch.equal(outputs[mask == 1], others[mask == 1])
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
+    def test_masks_of_any_dtype_mean_the_same(self, dtype):
+        model, input_ids = make_model(), make_ids(1, 6)
+        mask = torch.tensor([[0, 1, 1, 1, 1, 0]])
+        expected = last_hidden_state(model, input_ids, attention_mask=mask)
+        assert torch.equal(last_hidden_state(model, input_ids, attention_mask=mask.to(dtype)), expected)
+
+    @directions
+    @forms
+    @pytest.mark.parametrize("variant_and_layers", [("t1", [DIAG, NORM, HYBRID]), ("t2", [NORM, NORM])])
+    def test_an_interior_zero_keeps_its_place_and_contributes_nothing(self, variant_and_layers, is_causal, form):
+        """Against a run without a mask in which the projections of those tokens are made zero by hand.
+
+        A zero key has no weight for T1 (elu(0) = relu(0) = 0); for phi = 1 + elu it takes a zero value.
+        """
+        variant, layer_types = variant_and_layers
+        model = make_model(variant=variant, layer_types=layer_types, is_causal=is_causal, **form)
+        input_ids, mask = make_ids(2, 11), torch.ones(2, 11, dtype=torch.long)
+        mask[0, [1, 5, 6]] = 0
+        mask[1, 4:8] = 0  # a whole block
+        masked = last_hidden_state(model, input_ids, attention_mask=mask)
+
+        for module in model.modules():
+            if isinstance(module, TransNormerDiagAttention | TransNormerNormAttention):
+                for projection in (module.k_proj, module.v_proj):
+                    projection.register_forward_hook(lambda _module, _inputs, output: output * mask[..., None])
+        by_hand = last_hidden_state(model, input_ids)
+        torch.testing.assert_close(masked[mask == 1], by_hand[mask == 1], rtol=0, atol=self.TOLERANCE)
+
+    @directions
+    def test_an_interior_zero_takes_no_share_of_a_softmax(self, is_causal):
+        """Without any positions a block with a gap is the shorter block of the tokens that are there."""
+        fields = {"layer_types": [DIAG, DIAG], "lrpe": False, "position_embedding": "none"}
+        model = make_model(variant="t2", is_causal=is_causal, **fields)
+        input_ids = make_ids(1, 2 * BLOCK)
+        mask = torch.tensor([[1, 0, 1, 1, 0, 0, 1, 1]])
+        masked = last_hidden_state(model, input_ids, attention_mask=mask)[mask == 1]
+        blocks = [last_hidden_state(model, input_ids[:, columns])[0] for columns in ([0, 2, 3], [6, 7])]
+        torch.testing.assert_close(masked, torch.cat(blocks), rtol=0, atol=self.TOLERANCE)
+
+    @directions
+    @backends
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_forward_waits_for_no_value_on_the_device(self, is_causal, backend, packed):
+        """Tensors on "meta" have no values, so that looking at one raises."""
+        model = make_model(layer_types=[DIAG, NORM, HYBRID], is_causal=is_causal, backend=backend).to("meta")
+        input_ids = torch.empty(2, 9, dtype=torch.long, device="meta")
+        if packed:
+            inputs = {"cu_seq_lens_q": torch.empty(4, dtype=torch.int32, device="meta")}
+        else:
+            inputs = {"attention_mask": torch.empty(2, 9, dtype=torch.long, device="meta")}
+        assert last_hidden_state(model, input_ids, **inputs).shape == (2, 9, 16)
+
+
+class TestCausality:
+    @variants
+    @orders
+    @backends
+    def test_a_later_token_changes_no_earlier_logit(self, variant, layer_types, backend):
+        model = make_model(TransNormerForCausalLM, variant=variant, layer_types=layer_types, backend=backend)
+        input_ids = make_ids(1, 3 * BLOCK + 1)
+        with torch.no_grad():
+            logits = model(input_ids).logits
+            for changed in range(input_ids.shape[1]):
+                other_ids = input_ids.clone()
+                other_ids[:, changed] = (other_ids[:, changed] + 1) % VOCABULARY
+                other_logits = model(other_ids).logits
+                assert torch.equal(logits[:, :changed], other_logits[:, :changed])
+                assert not torch.equal(logits[:, changed], other_logits[:, changed])
+
+    def test_holds_across_chunks_of_the_fast_path(self):
+        model = make_model(TransNormerForCausalLM, position_embedding="none", block_size=64)
+        input_ids = make_ids(1, 400)
+        other_ids = input_ids.clone()
+        other_ids[:, 300:] = make_ids(1, 100)
+        with torch.no_grad():
+            assert torch.equal(model(input_ids).logits[:, :300], model(other_ids).logits[:, :300])
+
+    def test_a_bidirectional_model_does_see_later_tokens(self):
+        model, input_ids = make_model(), make_ids(1, 9)
+        other_ids = input_ids.clone()
+        other_ids[:, -1] = (other_ids[:, -1] + 1) % VOCABULARY
+        assert not torch.equal(last_hidden_state(model, input_ids)[:, 0], last_hidden_state(model, other_ids)[:, 0])
+
+
+class TestPositions:
+    @pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
+    def test_given_position_ids_replace_columns(self, kind):
+        model, input_ids = make_model(position_embedding=kind, layer_types=[NORM]), make_ids(1, 4)
+        outputs = last_hidden_state(model, input_ids)
+        assert torch.equal(last_hidden_state(model, input_ids, position_ids=torch.arange(4)[None]), outputs)
+        shifted = last_hidden_state(model, input_ids, position_ids=torch.arange(4)[None] + 5)
+        assert not torch.allclose(shifted, outputs)
+
+    def test_sinusoidal_ones_are_the_released_table(self):
+        model = make_model(position_embedding="sinusoidal")
+        hidden_states, half = torch.zeros(1, 6, 16), 8
+        frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / (half - 1))
+        angles = (torch.arange(6, dtype=torch.float64) + 2)[:, None] * frequencies  # counted from 2 on
+        expected = torch.cat((angles.sin(), angles.cos()), 1).float()[None]
+        torch.testing.assert_close(model.embed_positions(hidden_states, torch.arange(6), False), expected)
+
+    @pytest.mark.parametrize("kind", ["sinusoidal", "none"])
+    def test_only_learned_ones_end(self, kind):
+        assert last_hidden_state(make_model(position_embedding=kind), make_ids(1, 40)).isfinite().all()
+        with pytest.raises(ValueError, match=r"17 tokens and max_position_embeddings=16 .* use position_embedding="):
+            make_model(position_embedding="learned")(make_ids(1, 17))
+
+    def test_packed_rows_may_be_longer_than_the_learned_ones(self):
+        model, input_ids = make_model(), make_ids(1, 30)
+        outputs = last_hidden_state(model, input_ids, position_ids=packed_positions([15, 15]))
+        torch.testing.assert_close(outputs[:, 15:], last_hidden_state(model, input_ids[:, 15:]))
+
+
+class TestOutputs:
+    def test_hidden_states_are_the_embeddings_and_every_layer(self):
+        model, input_ids = make_model(layer_types=[DIAG, NORM, HYBRID]), make_ids(2, 6)
+        per_layer = []
+        for layer in model.layers:
+            layer.register_forward_hook(lambda _module, _inputs, output: per_layer.append(output))
+        outputs = model(input_ids, output_hidden_states=True)
+        assert len(outputs.hidden_states) == 4
+        for actual, expected in zip(outputs.hidden_states[1:], per_layer, strict=True):
+            assert torch.equal(actual, expected)
+        assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
+
+    def test_a_tuple_on_request(self):
+        model, input_ids = make_model(is_causal=True), make_ids(2, 6)
+        expected = model(input_ids)
+        hidden_states, cache = model(input_ids, return_dict=False)
+        assert torch.equal(hidden_states, expected.last_hidden_state)
+        assert isinstance(cache, TransNormerCache)
+
+    def test_a_state_comes_from_causal_models_unless_declined(self):
+        input_ids = make_ids(1, 5)
+        model = make_model(is_causal=True)
+        assert isinstance(model(input_ids).past_key_values, TransNormerCache)
+        assert model(input_ids, use_cache=False).past_key_values is None
+        assert model.train()(input_ids).past_key_values is None
+        assert make_model(is_causal=True, use_cache=False)(input_ids).past_key_values is None
+        assert make_model()(input_ids, use_cache=True).past_key_values is None
+
+    def test_packed_sequences_stay_apart_where_a_state_is_the_default(self):
+        model, input_ids = make_model(is_causal=True), make_ids(1, 12)
+        outputs = model(input_ids, position_ids=packed_positions([5, 7]))
+        torch.testing.assert_close(outputs.last_hidden_state[:, 5:], model(input_ids[:, 5:]).last_hidden_state)
+        assert outputs.past_key_values is None
+
+    def test_input_embeddings_equal_their_ids(self):
+        model, input_ids = make_model(scale_embedding=True), make_ids(2, 6)
+        by_embeddings = model(inputs_embeds=model.get_input_embeddings()(input_ids)).last_hidden_state
+        assert torch.equal(by_embeddings, model(input_ids).last_hidden_state)
+
+
+class TestAttentionMaps:
+    """`output_attentions`: a map for each attention that forms one, in the order in which they are computed."""
+
+    def record(self, model, input_ids, **kwargs):
+        """Outputs with maps, and per attention its values and what goes into its output projection."""
+        values, outputs = [], []
+        for module in model.modules():
+            if isinstance(module, TransNormerDiagAttention | TransNormerNormAttention):
+                module.v_proj.register_forward_hook(lambda _module, _inputs, output: values.append(output))
+                module.out_proj.register_forward_pre_hook(lambda _module, inputs: outputs.append(inputs[0]))
+        with torch.no_grad():
+            return model(input_ids, output_attentions=True, **kwargs), values, outputs
+
+    @variants
+    @directions
+    def test_maps_times_values_are_the_outputs(self, variant, is_causal):
+        fields = {"variant": variant, "is_causal": is_causal, "backend": "eager", "attention_norm_type": "none"}
+        model, input_ids = make_model(layer_types=[DIAG, NORM, HYBRID], **fields), make_ids(2, 10)
+        outputs, values, inner = self.record(model, input_ids)
+        assert len(outputs.attentions) == 4  # two of them from the hybrid layer
+        for weights, value, output in zip(outputs.attentions, values, inner, strict=True):
+            assert weights.shape == (2, 2, 10, 10)
+            product = weights @ value.unflatten(-1, (2, 8)).transpose(1, 2)  # (batch, heads, seq, head_dim)
+            torch.testing.assert_close(product.transpose(1, 2).flatten(2), output)
+
+    @variants
+    @directions
+    @backends
+    def test_diag_maps_are_blocks_on_the_diagonal(self, variant, is_causal, backend):
+        model = make_model(variant=variant, layer_types=[DIAG], is_causal=is_causal, backend=backend)
+        (weights,) = model(make_ids(2, 10), output_attentions=True).attentions
+        block = torch.arange(10) // BLOCK
+        allowed = block[:, None] == block
+        if is_causal:
+            allowed = allowed.tril()
+        assert (weights[..., ~allowed] == 0).all()
+        assert (weights >= 0).all()
+        if variant == "t2":
+            torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 10))
+
+    @pytest.mark.parametrize("backend", ["torch", "auto"])
+    def test_norm_attention_has_a_map_with_the_eager_backend_only(self, backend):
+        input_ids = make_ids(1, 6)
+        model = make_model(layer_types=[NORM, DIAG, NORM, HYBRID], backend=backend)
+        assert len(model(input_ids, output_attentions=True).attentions) == 2
+        model = make_model(layer_types=[NORM, DIAG, NORM, HYBRID], backend="eager")
+        assert len(model(input_ids, output_attentions=True).attentions) == 5
+
+    @backends
+    def test_asking_for_maps_changes_no_output(self, backend):
+        model, input_ids = make_model(layer_types=[DIAG, NORM, HYBRID], backend=backend), make_ids(2, 10)
+        mask = torch.ones(2, 10)
+        mask[0, :3] = 0
+        plain, mapped = (model(input_ids, mask, output_attentions=wanted) for wanted in (False, True))
+        torch.testing.assert_close(mapped.last_hidden_state, plain.last_hidden_state)
+        assert plain.attentions is None
+
+    def test_gradients_reach_the_maps(self):
+        outputs = make_model(backend="eager")(make_ids(1, 6), output_attentions=True)
+        for weights in outputs.attentions:
+            weights.retain_grad()
+        outputs.last_hidden_state.sum().backward()
+        assert all(weights.grad.abs().sum() > 0 for weights in outputs.attentions)
+
+    def test_padding_has_no_weight(self):
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 0, 1, 0, 0]])
+        model = make_model(layer_types=[DIAG, NORM], variant="t2", backend="eager")
+        for weights in model(make_ids(2, 6), mask, output_attentions=True).attentions:
+            assert (weights.transpose(2, 3).transpose(1, 2)[mask == 0] == 0).all()
+
+    def test_a_step_from_a_state_has_none(self):
+        model = make_model(is_causal=True, backend="eager")
+        outputs = model(make_ids(1, 6), output_attentions=True)
+        assert len(outputs.attentions) == 2
+        step = model(make_ids(1, 1), past_key_values=outputs.past_key_values, output_attentions=True)
+        assert step.attentions == ()
+
+
+def enable_checkpointing(model, use_reentrant):
+    """By the name that the installed transformers has for it."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": use_reentrant})
+
+
+class TestTraining:
+    @directions
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_gradient_checkpointing_gives_the_same_gradients(self, is_causal, use_reentrant):
+        model = make_model(layer_types=[DIAG, NORM, HYBRID], is_causal=is_causal, hidden_dropout_prob=0.2).train()
+        input_ids, mask = make_ids(2, 10), torch.ones(2, 10)
+        mask[0, :4] = 0
+
+        def gradients():
+            model.zero_grad()
+            set_seed(3)  # dropout has to be drawn again the same way
+            model(input_ids, attention_mask=mask).last_hidden_state.square().mean().backward()
+            return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+        expected = gradients()
+        enable_checkpointing(model, use_reentrant)
+        assert all(layer.gradient_checkpointing for layer in model.layers)
+        for name, gradient in gradients().items():
+            torch.testing.assert_close(gradient, expected[name], msg=name)
+
+    def test_dropout_is_for_training_only_and_follows_the_seed(self):
+        model, input_ids = make_model(), make_ids(2, 8)
+        assert torch.equal(last_hidden_state(model, input_ids), last_hidden_state(model, input_ids))
+        model.train()
+        outputs = []
+        for seed in (1, 1, 2):
+            set_seed(seed)
+            outputs.append(last_hidden_state(model, input_ids))
+        assert torch.equal(outputs[0], outputs[1])
+        assert not torch.allclose(outputs[0], outputs[2])
+
+    @pytest.mark.parametrize("field", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+    def test_each_dropout_works_by_itself(self, field):
+        none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model, input_ids = make_model(**none).train(), make_ids(1, 8)
+        assert torch.equal(last_hidden_state(model, input_ids), last_hidden_state(model, input_ids))
+        model = make_model(**none | {field: 0.5}).train()
+        assert not torch.equal(last_hidden_state(model, input_ids), last_hidden_state(model, input_ids))
+
+    def test_the_reflection_is_frozen_and_the_angles_are_learned(self):
+        model = make_model(layer_types=[DIAG, NORM])
+        model(make_ids(2, 8)).last_hidden_state.square().mean().backward()
+        for layer in model.layers:
+            lrpe = layer.self_attn.lrpe
+            assert lrpe.theta.grad.abs().sum() > 0
+            assert not lrpe.householder.requires_grad
+            torch.testing.assert_close(lrpe.householder.norm(), torch.tensor(1.0))
+
+    @pytest.mark.parametrize("initializer", ["normal", "xavier"])
+    def test_initial_weights_follow_the_released_code(self, initializer):
+        config = TransNormerConfig(
+            vocab_size=2000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer=initializer
+        )
+        model = TransNormerModel(config)
+        early, late = (layer.self_attn for layer in model.layers)
+        glu = model.layers[0].feed_forward
+        if initializer == "normal":
+            expected = dict.fromkeys((model.embed_tokens.weight, early.q_proj.weight, glu.up_proj.weight), 0.02)
+        else:
+            expected = {
+                model.embed_tokens.weight: 64**-0.5,
+                early.q_proj.weight: (2 / 128) ** 0.5,
+                late.k_proj.weight: (2 / 128 / 2) ** 0.5,
+                late.out_proj.weight: (2 / 128) ** 0.5,
+                glu.up_proj.weight: (1 / 3 / 64) ** 0.5,
+            }
+        for weight, std in expected.items():
+            assert weight.std().item() == pytest.approx(std, rel=0.06)
+        assert (model.embed_tokens.weight[config.pad_token_id] == 0).all()
+        torch.testing.assert_close(early.lrpe.theta, 10000 ** (-torch.arange(8) / 8.0))
+
+
+class TestPrecision:
+    @variants
+    @directions
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.15), (torch.float16, 0.02)])
+    def test_half_precision_stays_near_float32(self, variant, is_causal, dtype, tolerance):
+        model = make_model(variant=variant, is_causal=is_causal, layer_types=[DIAG, NORM, HYBRID])
+        input_ids, mask = make_ids(2, 14), torch.ones(2, 14)
+        mask[0, :3] = 0
+        expected = last_hidden_state(model, input_ids, attention_mask=mask)
+        outputs = last_hidden_state(model.to(dtype), input_ids, attention_mask=mask)
+        assert outputs.dtype == dtype
+        assert outputs.isfinite().all()
+        real = mask == 1
+        assert (outputs[real].float() - expected[real]).norm() / expected[real].norm() < tolerance
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_trains(self, dtype):
+        model = make_model(layer_types=[DIAG, NORM]).to(dtype).train()
+        model(make_ids(2, 9)).last_hidden_state.float().square().mean().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+    def test_loading_in_half_precision(self, tmp_path):
+        make_model().save_pretrained(tmp_path)
+        model = TransNormerModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+        assert last_hidden_state(model, make_ids(1, 9)).dtype == torch.bfloat16
+
+    def test_autocast_returns_finite_numbers_near_float32(self):
+        model, input_ids = make_model(layer_types=[DIAG, NORM]), make_ids(2, 9)
+        expected = last_hidden_state(model, input_ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = last_hidden_state(model, input_ids)
+        assert (outputs - expected).norm() / expected.norm() < 0.1
+
+
+def compile_and_compare(model, batches, **options):
+    """Runs a model eagerly and compiled without graph breaks, in inference and, where it trains, with its gradients."""
+    compiled = torch.compile(model, fullgraph=True, **options)
+    for inputs in batches:
+        results = []
+        for run in (model, compiled):
+            model.zero_grad()
+            outputs = run(**inputs)[0]
+            if model.training:
+                outputs.square().mean().backward()
+            results.append([outputs.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        for eager, fast in zip(*results, strict=True):
+            torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
+
+
+def compilable(model_class, is_training):
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = make_model(model_class, layer_types=[DIAG, NORM], **no_dropout)
+    return model.train(is_training)
+
+
+def batch(batch_size, seq_len):
+    mask = torch.ones(batch_size, seq_len, dtype=torch.long)
+    mask[0, :3] = 0
+    return {"input_ids": make_ids(batch_size, seq_len), "attention_mask": mask}
+
+
+heads = pytest.mark.parametrize("model_class", [TransNormerModel, TransNormerForCausalLM], ids=["encoder", "causal LM"])
+modes = pytest.mark.parametrize("is_training", [True, False], ids=["training", "inference"])
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def _fresh(self):
+        torch._dynamo.reset()
+
+    def assert_one_graph_serves_every_length(self, model, backend):
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compile_and_compare(model, [batch(2, 9), batch(3, 14), batch(2, 16)], backend=backend, dynamic=True)
+
+    def test_one_graph_serves_every_length_in_training(self):
+        self.assert_one_graph_serves_every_length(compilable(TransNormerModel, is_training=True), "eager")
+
+    def test_one_graph_serves_every_length_in_inference(self):
+        self.assert_one_graph_serves_every_length(compilable(TransNormerForCausalLM, is_training=False), "eager")
+
+    @heads
+    @modes
+    @pytest.mark.slow
+    def test_one_graph_serves_every_length_through_autograd(self, model_class, is_training):
+        self.assert_one_graph_serves_every_length(compilable(model_class, is_training), "aot_eager")
+
+    @heads
+    @modes
+    @pytest.mark.slow
+    def test_with_inductor(self, model_class, is_training):
+        compile_and_compare(compilable(model_class, is_training), [batch(2, 9), batch(3, 14)], backend="inductor")
+
+    def test_packed_sequences(self):
+        inputs = {"input_ids": make_ids(1, 12), "cu_seq_lens_q": torch.tensor([0, 5, 12], dtype=torch.int32)}
+        compile_and_compare(compilable(TransNormerModel, is_training=True), [inputs], backend="eager")
+
+    def test_position_ids_that_would_have_to_be_searched_are_refused(self):
+        compiled = torch.compile(compilable(TransNormerModel, is_training=False), fullgraph=True, backend="eager")
+        with pytest.raises(Exception, match="pass cu_seq_lens_q for packed sequences"):
+            compiled(make_ids(1, 6), position_ids=torch.arange(6)[None])
+
+
+@pytest.mark.parametrize("variant", ["t2", pytest.param("t1", marks=pytest.mark.slow)])
+def test_export_of_the_encoder_with_dynamic_length(variant):
+    model = make_model(variant=variant, layer_types=[DIAG, NORM])
+    rows, columns = torch.export.Dim("batch", max=64), torch.export.Dim("length", min=2, max=16)
+    shape = {0: rows, 1: columns}
+    program = torch.export.export(
+        model,
+        (),
+        batch(2, 9),
+        dynamic_shapes={"input_ids": shape, "attention_mask": shape},
+        strict=False,
+    )
+    for size in ((1, 4), (3, 13), (2, 16)):
+        inputs = batch(*size)
+        outputs = program.module()(**inputs).last_hidden_state
+        torch.testing.assert_close(outputs, model(**inputs).last_hidden_state)
+
+
+WRONG_INPUTS = [
+    # (fields of the model, inputs, what the error says)
+    ({}, {}, "exactly one of input_ids or inputs_embeds"),
+    ({}, {"input_ids": make_ids(1, 4), "inputs_embeds": torch.zeros(1, 4, 16)}, "exactly one of input_ids or"),
+    (
+        {},
+        {"input_ids": make_ids(2, 4), "attention_mask": torch.ones(2, 1, 4, 4)},
+        "attention_mask has shape (2, 1, 4, 4); supported is (batch, seq) = (2, 4)",
+    ),
+    ({}, {"input_ids": make_ids(2, 4), "attention_mask": torch.ones(2, 3)}, "attention_mask has shape (2, 3)"),
+    ({}, {"input_ids": make_ids(2, 4), "attention_mask": torch.ones(1, 4)}, "supported is (batch, seq) = (2, 4)"),
+    ({}, {"input_ids": make_ids(1, 17)}, "17 tokens and max_position_embeddings=16"),
+    (
+        {},
+        {"input_ids": make_ids(1, 4), "past_key_values": DynamicCache()},
+        "past_key_values was given to a bidirectional model (is_causal=False)",
+    ),
+    (
+        {"is_causal": True},
+        {"input_ids": make_ids(1, 4), "past_key_values": DynamicCache()},
+        "past_key_values is a DynamicCache that was made without this model's configuration",
+    ),
+    (
+        {},
+        {"input_ids": make_ids(1, 4), "attention_mask": torch.ones(1, 4), "cu_seq_lens_q": torch.tensor([0, 4])},
+        "attention_mask and cu_seqlens were both given",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "inputs", "said"), WRONG_INPUTS, ids=[said[:45] for *_, said in WRONG_INPUTS])
+def test_wrong_inputs_are_named(fields, inputs, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make_model(**fields)(**inputs)
+
+
+def test_packed_sequences_with_a_given_state_are_refused():
+    model = make_model(is_causal=True)
+    cache = TransNormerCache(model.config)
+    with pytest.raises(ValueError, match="packed sequences cannot fill a past_key_values"):
+        model(make_ids(1, 4), past_key_values=cache, cu_seq_lens_q=torch.tensor([0, 2, 4]))
+
+
+class TestAttentionImplementation:
+    """`attn_implementation` of transformers chooses among forms of softmax attention, `backend` among forms of ours."""
+
+    def test_eager_is_accepted_and_is_not_the_eager_backend(self, tmp_path):
+        make_model(backend="torch").save_pretrained(tmp_path)
+        model = TransNormerModel.from_pretrained(tmp_path, attn_implementation="eager")
+        assert model.config.backend == "torch"
+        assert TransNormerModel.from_pretrained(tmp_path, backend="eager").config.backend == "eager"
+
+    @pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention"])
+    def test_what_is_not_our_attention_is_refused(self, tmp_path, name):
+        make_model().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="TransNormerModel does not support"):
+            TransNormerModel.from_pretrained(tmp_path, attn_implementation=name)

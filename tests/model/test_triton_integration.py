@@ -1,0 +1,358 @@
+"""The Triton operators inside of torch: opcheck, torch.compile, a model that trains and generates, known complaints.
+
+All of it runs in Triton's interpreter on the CPU.
+"""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import transnormer_hf
+from transnormer_hf import TransNormerConfig, TransNormerForCausalLM, TransNormerForMaskedLM
+from transnormer_hf.model import norm_autograd_transnormer, rms_kernels_transnormer
+from transnormer_hf.model.diag_autograd_transnormer import diag_attention_forward
+from transnormer_hf.model.diag_kernels_transnormer import KERNELS as DIAG_KERNELS
+from transnormer_hf.model.norm_autograd_transnormer import (
+    norm_attention_backward,
+    norm_attention_forward,
+    norm_attention_step,
+)
+from transnormer_hf.model.norm_kernels_transnormer import KERNELS
+from transnormer_hf.model.ops_transnormer import diag_attention, norm_attention
+from transnormer_hf.model.reference_transnormer import LRPE
+from transnormer_hf.model.rms_kernels_transnormer import rms_norm_backward, rms_norm_forward
+
+BOTH = pytest.mark.parametrize("causal", [False, True])
+SOURCE = Path(transnormer_hf.__file__).parent / "model"
+
+
+def make_inputs(batch_size, seq_len, head_dim=8, num_heads=2):
+    tensors = [torch.randn(batch_size, seq_len, num_heads, head_dim).transpose(1, 2) for _ in range(3)]
+    theta = 10000 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
+    return tensors, LRPE(theta, torch.nn.functional.normalize(torch.randn(head_dim), dim=0))
+
+
+def tiny_model(variant, backend, head=TransNormerForCausalLM, **fields):
+    torch.manual_seed(0)
+    options = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "block_size": 4} | fields
+    config = TransNormerConfig(
+        vocab_size=40,
+        variant=variant,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        backend=backend,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
+    return head(config)
+
+
+# opcheck
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["plain", "mask", pytest.param("packed", marks=pytest.mark.slow)])
+def test_opcheck_norm_attention(kind, causal):
+    (query, key, value), lrpe = make_inputs(1, 5, num_heads=1)
+    for tensor in (query, key, value, lrpe.theta):
+        tensor.requires_grad_()
+    is_real = torch.tensor([[1] * 4 + [0]]).bool() if kind == "mask" else None
+    cu_seqlens = torch.tensor([0, 2, 5]) if kind == "packed" else None
+    positions = torch.tensor([0, 1, 0, 1, 2]) if kind == "packed" else torch.arange(5)
+    state = None if kind == "mask" else torch.randn(3 if kind == "packed" else 1, 1, 8, 8, requires_grad=True)
+    arguments = (query, key, value, positions, is_real, cu_seqlens, *lrpe, state, causal, "1+elu", state is not None)
+    torch.library.opcheck(norm_attention_forward, arguments)
+
+    with torch.no_grad():
+        output, new_state, partials = norm_attention_forward(*arguments)
+    *inputs, causal, feature_map, return_state = arguments
+    detached = [tensor if tensor is None else tensor.detach() for tensor in inputs]
+    new_grad = torch.randn_like(new_state) if return_state else None
+    arguments = (torch.randn_like(output), new_grad, *detached, new_state, partials, causal, feature_map, return_state)
+    torch.library.opcheck(norm_attention_backward, arguments)
+
+
+def test_opcheck_step():
+    (query, key, value), lrpe = make_inputs(2, 1)
+    state = torch.randn(2, 2, 8, 8)
+    arguments = (query, key, value, state, torch.tensor([[3], [7]]), None, *lrpe, "elu")
+    torch.library.opcheck(norm_attention_step, arguments)
+
+
+def test_opcheck_simple_rms_norm():
+    hidden_states = torch.randn(3, 5, 24, requires_grad=True)
+    torch.library.opcheck(rms_norm_forward, (hidden_states, 1e-8))
+    with torch.no_grad():
+        normed, rms = rms_norm_forward(hidden_states, 1e-8)
+    torch.library.opcheck(rms_norm_backward, (torch.randn(3, 5, 24), normed, rms, 1e-8))
+
+
+# torch.compile
+
+
+@BOTH
+def test_compiled_op_has_no_graph_break(causal):
+    tensors, lrpe = make_inputs(2, 20)
+    leaves = [tensor.requires_grad_() for tensor in (*tensors, lrpe.theta)]
+
+    def loss(query, key, value, theta):
+        output, state = norm_attention(
+            query,
+            key,
+            value,
+            causal=causal,
+            feature_map="elu",
+            lrpe=(theta, lrpe.householder),
+            return_state=True,
+            backend="triton",
+        )
+        return output.square().mean() + state.square().mean()
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*leaves), leaves)
+    for result, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, truth)
+
+
+@pytest.mark.parametrize("variant", ["t1", pytest.param("t2", marks=pytest.mark.slow)])
+def test_compiled_model_has_no_graph_break(variant):
+    model = tiny_model(variant, "triton", TransNormerForMaskedLM)
+    input_ids = torch.randint(3, 40, (1, 6))
+
+    def loss(input_ids):
+        return model(input_ids=input_ids, labels=input_ids).loss
+
+    loss(input_ids).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(input_ids).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_compiled_lengths_share_a_graph():
+    """A new length is not a new graph: what it decides (short or not, how many segments) are a few ranges."""
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def attend(query, key, value):
+        return norm_attention(query, key, value, causal=True, backend="triton")[0]
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=count)
+    for seq_len in (5, 6, 9, 12):
+        compiled(*make_inputs(1, seq_len)[0])
+    assert len(graphs) == 1
+
+
+# Models
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels of NormAttention and its norm, in the order in which they are launched."""
+    names = []
+    launch, launch_norm = norm_autograd_transnormer._Launch.__call__, rms_kernels_transnormer._launch
+
+    def spy(self, kernel, name, *arguments, **options):
+        names.append(name)
+        return launch(self, kernel, name, *arguments, **options)
+
+    def spy_on_norm(kernel, *arguments, **options):
+        names.append("norm" if kernel is rms_kernels_transnormer.norm_kernel else "norm_backward")
+        return launch_norm(kernel, *arguments, **options)
+
+    monkeypatch.setattr(norm_autograd_transnormer._Launch, "__call__", spy)
+    monkeypatch.setattr(rms_kernels_transnormer, "_launch", spy_on_norm)
+    return names
+
+
+@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", ["t1", "t2"])
+def test_training_ends_where_plain_torch_does(variant, steps):
+    """On sentences with padding, causal and with dropout-free layers of both kinds."""
+    input_ids = torch.randint(3, 40, (steps, 2, 7), generator=torch.Generator().manual_seed(0))
+    attention_mask = torch.ones(2, 7, dtype=torch.long)
+    attention_mask[1, 5:] = 0
+    results = []
+    for backend in ("torch", "triton"):
+        model = tiny_model(variant, backend, hidden_size=8, num_attention_heads=1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for batch in input_ids:
+            labels = batch.masked_fill(attention_mask == 0, -100)
+            loss = model(input_ids=batch, attention_mask=attention_mask, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((loss.detach(), dict(model.named_parameters())))
+    (plain_loss, plain), (loss, parameters) = results
+    assert abs(loss - plain_loss) < 1e-4
+    for name, parameter in parameters.items():
+        assert (parameter - plain[name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("attention_norm_type", ["simple_rms", "rms"])
+def test_a_model_uses_the_fused_norm(attention_norm_type, launches):
+    """The norm of NormAttention and those of the blocks, where they are the simple one."""
+    model = tiny_model("t2", "triton", attention_norm_type=attention_norm_type, norm_type="simple_rms")
+    model(torch.randint(3, 40, (2, 5))).logits.sum().backward()
+    norms = 4 + (attention_norm_type == "simple_rms")  # two for each of two layers, and that of the attention
+    assert launches.count("norm") == launches.count("norm_backward") == norms
+
+
+def test_a_model_without_the_kernels_launches_none(launches):
+    for backend in ("auto", "torch", "eager"):
+        tiny_model("t1", backend)(torch.randint(3, 40, (2, 5))).logits.sum().backward()
+    assert not launches
+
+
+@pytest.mark.parametrize("variant", ["t1", "t2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_generation_steps_through_the_state_in_place(variant, dtype, launches):
+    """Broken caches: decoding behind padding gives the scores of plain torch, with one step kernel for each token."""
+    input_ids = torch.randint(3, 40, (2, 6))
+    attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    scores = []
+    for backend in ("torch", "triton"):
+        generated = (
+            tiny_model(variant, backend)
+            .to(dtype)
+            .eval()
+            .generate(
+                input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=5,
+                min_new_tokens=5,
+                do_sample=False,
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+        )
+        scores.append(torch.stack(generated.scores)[..., 3:])  # the special tokens are forbidden
+    assert launches.count("step") == 4  # the first token comes with the prompt
+    torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+# What users of other kernels complain about
+
+
+@BOTH
+def test_padding_does_not_leak(causal):
+    """Padding that leaks: outputs at real tokens are those of the unpadded sequence, to the rounding of the sums."""
+    (query, key, value), lrpe = make_inputs(1, 30)
+    for leading, trailing in ((13, 0), (0, 13), (6, 7)):
+        padded = [torch.nn.functional.pad(t, (0, 0, leading, trailing), value=3.0) for t in (query, key, value)]
+        mask = torch.tensor([[0] * leading + [1] * 30 + [0] * trailing])
+        options = {"causal": causal, "feature_map": "1+elu", "lrpe": lrpe, "backend": "triton", "return_state": True}
+        output, state = norm_attention(query, key, value, **options)
+        found, found_state = norm_attention(*padded, attention_mask=mask, **options)
+        torch.testing.assert_close(found[:, :, leading : leading + 30], output, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found_state, state, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [*KERNELS, *DIAG_KERNELS], ids=lambda spec: spec.name)
+def test_neither_lengths_nor_strides_are_a_key_of_the_compiler(spec):
+    """Autotuning whenever lengths vary: a new length compiles and tunes nothing, nor does a view of other strides."""
+    assert "autotune" not in Path(sys.modules[spec.function.fn.__module__].__file__).read_text()
+    constexprs = {name for variant in spec.variants("sm_80", "bf16", 64) for name in variant.constexprs}
+    # the widths of whole rows are no lengths, and neither is the number of heads
+    of_the_model = {"num_heads", "eps", "scale", "dropout_p", "keep_scale"}
+    of_the_model |= {name for name in spec.function.arg_names if spec.name.startswith("rms") and "stride" in name}
+    integers = {name for name in spec.function.arg_names if name.islower() and not name.endswith("_ptr")} - of_the_model
+    assert integers
+    assert not integers & constexprs
+    assert integers <= set(spec.function.kwargs["do_not_specialize"])
+
+
+def test_sums_use_no_atomics():
+    """Results that change from run to run: partial sums are added in order, never in that of arrival."""
+    for path in SOURCE.glob("*_transnormer.py"):
+        assert "tl.atomic" not in path.read_text(), path
+
+
+def test_copies_of_the_package_have_operators_of_their_own():
+    """Copied kernels that go stale: a repository's own copy, perhaps another revision, works beside the package."""
+    before = norm_autograd_transnormer.NAMESPACE
+    name = "a_repository.with_a.copy_of_it"
+    for parent in ("a_repository", "a_repository.with_a", name):
+        spec = importlib.util.spec_from_loader(parent, loader=None, is_package=True)
+        sys.modules[parent] = importlib.util.module_from_spec(spec)
+    sys.modules[name].__path__ = [str(SOURCE)]
+    try:
+        copy = importlib.import_module(f"{name}.norm_autograd_transnormer")
+        assert before != copy.NAMESPACE
+        assert copy.norm_attention_forward._qualname != norm_attention_forward._qualname
+        (query, key, value), _ = make_inputs(1, 5)
+        layout = copy.TokenLayout(torch.arange(5))
+        options = {"causal": True, "feature_map": "elu", "lrpe": None, "initial_state": None, "return_state": False}
+        output, _ = copy.triton_norm_attention(query, key, value, layout=layout, **options)
+        expected, _ = norm_attention(query, key, value, causal=True, feature_map="elu", backend="triton")
+        assert torch.equal(output, expected)
+    finally:
+        for module in [module for module in sys.modules if module.startswith("a_repository")]:
+            del sys.modules[module]
+
+
+def test_large_numbers_stay_finite():
+    """NaN and infinity: exp of a large feature, or of a long sum, never makes one."""
+    (query, key, value), lrpe = make_inputs(1, 40)
+    for causal in (False, True):
+        leaves = [(tensor * 1e4).detach().requires_grad_() for tensor in (query, key, value)]
+        output, state = norm_attention(
+            *leaves, causal=causal, feature_map="1+elu", lrpe=lrpe, return_state=True, backend="triton"
+        )
+        assert output.isfinite().all()
+        assert state.isfinite().all()
+        assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.sum(), leaves))
+
+
+def test_both_directions_and_every_kernel_on_the_cpu():
+    """No bidirectional form, and none for the CPU: here are both, and `backend="auto"` runs without any GPU."""
+    (query, key, value), _ = make_inputs(1, 9)
+    for causal in (False, True):
+        for backend in ("auto", "triton"):
+            assert norm_attention(query, key, value, causal=causal, backend=backend)[0].shape == value.shape
+            output = diag_attention(query, key, value, block_size=4, causal=causal, backend=backend)
+            assert output.shape == value.shape
+    assert isinstance(diag_attention_forward, torch._library.custom_ops.CustomOpDef)
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 136, 256])
+def test_any_head_dim_that_is_a_multiple_of_8(head_dim):
+    """Head widths that are refused: the kernels pad inside."""
+    (query, key, value), lrpe = make_inputs(1, 3, head_dim, num_heads=1)
+    for attend in (norm_attention, diag_attention):
+        options = {"causal": True, "lrpe": lrpe} | ({"block_size": 2} if attend is diag_attention else {})
+        found, expected = (attend(query, key, value, backend=backend, **options) for backend in ("triton", "eager"))
+        if attend is norm_attention:
+            found, expected = found[0], expected[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seq_len", [1, 5, 128])
+def test_a_short_sequence_is_one_launch(seq_len, launches):
+    """Slow on short inputs: forward and backward are one kernel each, without a state in memory."""
+    (query, key, value), lrpe = make_inputs(2, seq_len)
+    output, _ = norm_attention(query.requires_grad_(), key, value, causal=False, lrpe=lrpe, backend="triton")
+    output.sum().backward()
+    assert launches == ["step" if seq_len == 1 else "short", "short_backward"]
+
+
+def test_modules_compile_and_probe_nothing():
+    """torch.compile that nobody asked for, devices asked at import: neither is anywhere in the shipped files."""
+    for path in SOURCE.glob("*_transnormer.py"):
+        tree = ast.parse(path.read_text())
+        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert "torch.compile" not in called, path
+        at_import = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert not any("torch.cuda" in ast.unparse(node) for node in at_import), path

@@ -1,0 +1,381 @@
+"""scripts/reproduce.py: cells run once, whatever becomes of them, and sentences that follow the numbers."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import reproduce
+from transnormer_hf.research import reproduction, reproduction_report
+from transnormer_hf.research.reproduction import plan_cells, scale
+from transnormer_hf.research.reproduction_report import conclusions, describe_order, judge, markdown
+
+DATA = {"mlm": {"train": "a"}, "glue": {"sst2": {}}, "lra": {"listops": {}, "image": {}}}
+
+
+@pytest.fixture
+def run(articles, tmp_path, monkeypatch):
+    """Runs the script on a tiny text, with models of two steps; returns its folder."""
+    text = tmp_path / "text.txt"
+    text.write_text(articles * 4)
+    monkeypatch.setattr(reproduction, "LAYERS", 2)
+    monkeypatch.setattr(reproduction, "EVALUATION_ROWS", 4)
+    monkeypatch.setattr(reproduce, "VOCAB_SIZE", 300)
+    out = tmp_path / "out"
+
+    def call(*flags, files=("--train_file", str(text), "--validation_file", str(text))):
+        reproduce.main(["--budget", "1e-6", "--output_dir", str(out), *files, *flags])
+        return out
+
+    return call
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The settings of the masked language models that are asked for; nothing is trained."""
+    asked = []
+
+    def pretend(options, settings, tokenizer, folder):
+        folder.mkdir(parents=True)
+        asked.append(settings)
+        return {"status": "done", "figures": {"perplexity": 100.0 + len(asked)}}
+
+    monkeypatch.setitem(reproduce.RUNNERS, "mlm", pretend)
+    return asked
+
+
+def read(out, name):
+    return json.loads((out / "cells" / f"{name}.json").read_text())
+
+
+# ---- Running ----
+
+
+def test_a_table_is_run_measured_and_drawn(run):
+    out = run("--table", "10")
+    assert len(list(out.glob("cells/*/*"))) == 4  # FFN and GLU, T1 and T2
+    cell = read(out, "10/glu-t1-seed1")
+    assert (cell["status"], cell["paper"], cell["seed"]) == ("done", 3.82, 1)
+    figures = cell["figures"]
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    assert figures["relative_deviation"] > 0
+    assert [len(layer["curve"]) for layer in figures["attention"]["layers"]] == [21] * 2
+    assert figures["training_losses"][-1][0] == cell["settings"]["training"]["max_steps"]
+    assert cell["settings"]["data"]["train"]["file"] == "text.txt"
+    assert str(out.parent) not in json.dumps(cell)  # nothing about this machine
+    report = (out / "results.md").read_text()
+    assert f"{figures['perplexity']:.1f} | 3.82 |" in report
+    assert "GLU beats FFN (T1): **" in report
+    assert "Larger blocks help, 64 over 32: not run." in report
+
+
+def test_cells_are_run_once_and_a_killed_one_again(run, trainings, monkeypatch):
+    pretend = reproduce.RUNNERS["mlm"]
+
+    def killed(*args):
+        pretend(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        write = reproduce.write_cell
+        # the second training is cut off in its middle
+        patch.setattr(
+            reproduce, "write_cell", lambda *a: (write(*a), patch.setitem(reproduce.RUNNERS, "mlm", killed))[0]
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run("--table", "9")
+    assert len(trainings) == 2
+    out = run("--table", "9")
+    assert len(trainings) == 5  # the first is kept, the second begins again
+    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*")}
+    assert len(before) == 4
+    run("--table", "9")
+    assert len(trainings) == 5
+    assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*")} == before
+    assert not list(out.glob("runs/.*"))
+
+
+def test_equal_rows_of_several_tables_are_trained_once(run, trainings):
+    out = run("--table", "9", "10")
+    assert len(trainings) == 6
+    shared = read(out, "10/glu-t2-seed1")
+    assert shared["trained_for"] == "9: Diag early, Norm late"
+    assert shared["figures"] == read(out, "9/diag-early-norm-late-t2-seed1")["figures"]
+    assert shared["row"] == "GLU"
+
+
+def test_a_training_that_diverges_is_a_result(run, monkeypatch):
+    settings = reproduction.masked_settings
+
+    def too_fast(*args):
+        found = settings(*args)
+        return {**found, "training": {**found["training"], "max_steps": 50, "warmup_steps": 0, "learning_rate": 1e30}}
+
+    monkeypatch.setattr(reproduction, "masked_settings", too_fast)
+    out = run("--table", "3")
+    cell = read(out, "3/1+elu-early-1+elu-late-seed1")
+    assert cell["status"] == "diverged"
+    assert cell["figures"]["perplexity"] is None
+    assert cell["diverged"]["step"] < 50
+    assert f"diverged at step {cell['diverged']['step']}, seed 1" in (out / "results.md").read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*")}
+    run("--table", "3")
+    assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*")} == before
+
+
+def test_a_training_that_raises_is_recorded_and_tried_again(run, trainings, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(reproduce.RUNNERS, "mlm", lambda *_: 1 / 0)
+        out = run("--table", "3")
+    cell = read(out, "3/1+elu-early-1+elu-late-seed1")
+    assert (cell["status"], cell["error"]) == ("failed", "ZeroDivisionError: division by zero")
+    assert "failed: ZeroDivisionError" in (out / "results.md").read_text()
+    run("--table", "3")
+    assert read(out, "3/1+elu-early-1+elu-late-seed1")["status"] == "done"
+
+
+def test_what_is_there_is_not_overwritten_by_other_settings(run, trainings):
+    run("--table", "3")
+    with pytest.raises(ValueError, match=r"late-seed1 with other settings \(training\.max_steps 2, now 25"):
+        run("--table", "3", "--budget", "1e-4")
+
+
+def test_no_cell_begins_after_the_time_is_over(run, trainings, capsys):
+    out = run("--table", "10", "--max_minutes", "1e-9")
+    assert not trainings
+    assert "are over before 10/ffn-t1-seed1; the same command goes on there" in capsys.readouterr().out
+    assert not (out / "results.md").exists()
+
+
+def test_the_list_says_what_is_done_and_how_long_the_rest_takes(run, trainings, capsys):
+    run("--table", "10")
+    capsys.readouterr()
+    run("--table", "10", "11", "--list")
+    text = capsys.readouterr().out
+    assert "10/glu-t1-seed1: perplexity" in text
+    assert "11/block-64-t1-seed1: perplexity" in text  # the same training
+    assert "11/block-32-t1-seed1: to do" in text
+    assert "4 trainings to do, some 0 minutes" in text
+
+
+def test_what_reads_no_text_asks_for_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduction, "INPUT_SCALES", [1.0])
+    reproduce.main(["--table", "lln", "--output_dir", str(tmp_path)])
+    assert (tmp_path / "cells/lln/concentration-and-memory-seed1.json").is_file()
+    assert not list(tmp_path.glob("tokenizer-*"))
+
+
+def test_log_normal_attention_is_measured_without_training(run, trainings, monkeypatch):
+    monkeypatch.setattr(reproduction, "INPUT_SCALES", [1.0])
+    out = run("--table", "lln")
+    figures = read(out, "lln/concentration-and-memory-seed1")["figures"]
+    assert not trainings
+    assert figures["error"] < 1e-4
+    at = {row["scale"]: row for row in figures["concentration"]}
+    # computed on its own for 512 tokens and 64 channels: 8.29 and 7.90 bits, gaps 0.94 and 0.89
+    assert at[1.0]["entropy"]["softmax"] == pytest.approx(8.29, abs=0.05)
+    assert at[1.0]["entropy"]["lln"] == pytest.approx(7.90, abs=0.15)
+    short, *_, long = figures["memory"]
+    growth = {name: long[name] / short[name] for name in ("softmax map", "softmax", "lln")}
+    assert growth["lln"] == pytest.approx(16, rel=0.05)  # tokens grow 16 times
+    assert growth["softmax map"] > 60
+    assert "LLN" in (out / "results.md").read_text()
+
+
+@pytest.mark.slow  # 25 trainings, of two steps each
+def test_every_other_table_runs(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduction, "ARENA_LENGTHS", {"listops": 64, "image": 1024})
+    sentences = tmp_path / "glue" / "SST-2"
+    sentences.mkdir(parents=True)
+    for file in ("train.tsv", "dev.tsv"):
+        (sentences / file).write_text("sentence\tlabel\n" + "a good film\t1\na bad film\t0\n" * 8)
+    pixels = tmp_path / "image.jsonl"
+    pixels.write_text("".join(json.dumps({"pixels": [n] * 1024, "label": n}) + "\n" for n in range(10)))
+    tables = ("--table", "2", "4", "5", "6", "fig2")
+    out = run(*tables, "--glue_dir", str(tmp_path / "glue"), "--image_files", str(pixels), str(pixels))
+    for name in ("4/t2-seed1", "5/performer-sst2-seed1", "6/cosformer-listops-seed1", "6/t1-image-seed1"):
+        assert read(out, name)["status"] == "done"
+    report = (out / "results.md").read_text()
+    assert "Vanilla attention is more local than 1+elu" in report
+    for title in ("Table 2", "Table 4", "Table 5", "Table 6", "Figure 2"):
+        assert f"## {title}" in report
+    assert "failed" not in report
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--table", "13"], "--table 13: no such table; choose from 1, 2, 3"),
+        (["--table", "9", "9"], "--table 9 9: names one twice"),
+        (["--seeds", "1", "1"], "--seeds 1 1: names one twice"),
+        (["--table", "10", "--rows", "GLU", "GLU"], "--rows GLU GLU: names one twice"),
+        (["--budget", "0"], "--budget 0.0: must be greater than 0"),
+        (["--max_steps", "1"], "--max_steps 1: must be at least 2"),
+        (["--max_minutes", "0"], "--max_minutes 0.0: must be greater than 0"),
+        (["--train_file", "no.txt"], "--train_file and --validation_file belong together"),
+        (["--train_file", "no.txt", "--validation_file", "no.txt"], "--train_file no.txt: no such file"),
+        (["--listops_files", "a.tsv", "b.tsv"], "--listops_files a.tsv: no such file"),
+        (["--glue_dir", "."], "--glue_dir .: no folder with train.tsv and dev.tsv, such as SST-2"),
+    ],
+)
+def test_bad_arguments_are_named_with_what_would_work(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        reproduce.main(flags)
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_must_be_something_to_draw(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no cells to draw: run some first"):
+        reproduce.main(["--only_draw", "--output_dir", str(tmp_path)])
+
+
+# ---- Planning ----
+
+
+def test_a_budget_scales_steps_and_width():
+    assert scale(1) == (reproduction.WIDTH, reproduction.STEPS)
+    assert scale(16) == (2 * reproduction.WIDTH, 4 * reproduction.STEPS)
+    assert scale(1e-9) == (32, 2)
+    with pytest.raises(ValueError, match=r"--budget -1 must be greater than 0"):
+        scale(-1)
+
+
+def test_rows_and_blocks_are_as_many_times_shorter_as_each_other():
+    blocks = {cell.row: cell.settings["model"]["block_size"] for cell in plan_cells(["11"], [1], scale(1), DATA)}
+    assert blocks == {"block 32": 4, "block 64": 8, "block 128": 16}
+    lengths = {cell.settings["training"]["max_seq_length"] for cell in plan_cells(["11"], [1], scale(1), DATA)}
+    assert lengths == {512 // 8}  # the paper's 512 tokens
+
+
+def test_steps_can_be_set_apart_from_the_budget(run, trainings):
+    run("--table", "10", "--max_steps", "7")
+    assert {settings["training"]["max_steps"] for settings in trainings} == {7}
+    assert {settings["model"]["hidden_size"] for settings in trainings} == {32}
+
+
+def test_rows_of_a_table_can_be_run_apart_and_the_report_says_so(run, trainings):
+    run("--table", "10", "--rows", "GLU", "--max_steps", "7")
+    assert [settings["model"]["variant"] for settings in trainings] == ["t1", "t2"]
+    out = run("--table", "10", "--rows", "FFN")
+    assert len(trainings) == 4
+    assert "Rows differ in their steps of training: FFN: 2, GLU: 7." in (out / "results.md").read_text()
+    with pytest.raises(ValueError, match=r"--rows 'MLP': no row of these tables; choose from 'FFN', 'GLU'"):
+        run("--table", "10", "--rows", "MLP")
+
+
+def test_every_table_has_cells_of_its_own_names():
+    cells = plan_cells(reproduction.TABLES, [1, 2], scale(0.01), DATA)
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {cell.table for cell in cells} == set(reproduction.TABLES)
+    masked = {reproduction.settings_key(cell.settings) for cell in cells if cell.settings["task"] == "mlm"}
+    assert len(masked) == 2 * (4 + 2 + 2 + 2 * 12)  # Tables 1, 3 and 2, then 12 distinct ones of T1 and of T2
+    for cell in cells:
+        assert json.loads(json.dumps(cell.settings)) == cell.settings
+        if "model" in cell.settings:
+            reproduce.AutoConfig.for_model(**cell.settings["model"])
+    tokens = {cell.settings["pretrained"]["seed"] for cell in cells if cell.table == "5"}
+    assert tokens == {1, 2}
+
+
+# ---- Drawing ----
+
+
+def result(table, row, value, column="t1", seed=1, paper=None, **changes):
+    name = reproduction_report.FIGURES[table].name
+    place = {"table": table, "row": row, "column": column, "seed": seed, "paper": paper}
+    found = {"status": "done", "figures": {name: value}, "seconds": 3.0, "settings": {"task": "mlm", "seed": seed}}
+    return {**place, **found, **changes}
+
+
+def of_seeds(better, worse):
+    rows = (("GLU", better), ("FFN", worse))
+    return [result("10", row, value, seed=seed) for row, values in rows for seed, value in enumerate(values, 1)]
+
+
+GLU_BEATS_FFN = next(claim for claim in reproduction_report.CLAIMS if claim.better == "GLU")
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "verdict"),
+    [
+        ([10.0], [12.0], "holds"),
+        ([12.0], [10.0], "does not hold"),
+        ([10.0, 10.1], [12.0, 12.2], "holds"),
+        ([12.0, 12.2], [10.0, 10.1], "does not hold"),
+        ([10.0, 11.0], [10.6, 11.2], "not decided"),
+        ([10.0, 10.1], [12.0, None], "holds"),
+        ([None, None], [None, None], "not decided"),
+        ([None, None], [10.0, 10.1], "does not hold"),
+        ([10.0], [10.1], "not decided"),
+        ([10.1], [10.0], "not decided"),
+    ],
+)
+def test_a_conclusion_follows_the_numbers(better, worse, verdict):
+    sentence = judge(GLU_BEATS_FFN, "t1", of_seeds(better, worse))
+    assert f"**{verdict}" in sentence
+    assert ("one seed" in sentence) == (len(better) == 1)
+
+
+def test_a_difference_within_the_spread_is_told_with_its_sign():
+    judged = (judge(GLU_BEATS_FFN, "t1", of_seeds([10.0, 11.0], worse)) for worse in ([10.6, 11.2], [9.5, 11.6]))
+    assert ["though it has the same sign with each" in sentence for sentence in judged] == [True, False]
+
+
+def test_blowing_up_takes_more_than_being_worse():
+    def judged(value):
+        rows = {"1+elu with scaling": 10.0, "1+elu, scaling removed": value, "NormAttention, RMSNorm": 9.0}
+        results = [result("1", row, value, column="") for row, value in rows.items()]
+        return [sentence for sentence in conclusions(results) if "not run" not in sentence]
+
+    assert ["holds" in s and "not hold" not in s for s in judged(None)] == [True, True, True]
+    assert ["**does not hold: better, but by less than a factor of 2**" in s for s in judged(11.0)] == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_what_was_not_run_is_said_to_be():
+    sentences = conclusions(of_seeds([1.0], [2.0]))
+    assert sum("not run" in sentence for sentence in sentences) == len(reproduction_report.CLAIMS) - 1
+
+
+def test_the_order_of_the_rows_is_held_against_the_papers():
+    papers = {"0 % Diag": 4.23, "50 % Diag": 3.82, "100 % Diag": 4.75}
+
+    def order(*values):
+        rows = zip(papers.items(), values, strict=True)
+        return describe_order("8", "t1", [result("8", row, value, paper=paper) for (row, paper), value in rows])
+
+    same = order(20.0, 10.0, 30.0)
+    assert same.startswith("T1: the order of the rows is the paper's: 50 % Diag < 0 % Diag < 100 % Diag")
+    assert "Rank correlation 1.00 over 3 rows" in same
+    assert "is not the paper's" in (turned := order(20.0, 30.0, 10.0))
+    assert "Rank correlation -1.00" in turned
+    assert describe_order("8", "t1", [result("8", "0 % Diag", 1.0, paper=4.23)]) is None
+
+
+def test_more_is_better_where_the_figure_is_an_accuracy():
+    results = [
+        result("6", row, value, column="listops", paper=paper)
+        for row, value, paper in (("Transformer", 0.3, 38.37), ("Performer", 0.2, 38.02), ("T2", 0.4, 41.60))
+    ]
+    assert "is the paper's: T2 > Transformer > Performer" in describe_order("6", "listops", results)
+
+
+def test_rank_correlation_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    first, second = torch.randint(5, (2, 12)).double().tolist()
+    assert reproduction_report.spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
+
+
+def test_tables_have_the_mean_the_seeds_and_the_paper():
+    results = [result("10", "GLU", value, seed=seed, paper=3.82) for seed, value in ((1, 101.0), (2, 103.0))]
+    results.append(result("10", "FFN", None, paper=3.93, status="diverged", diverged={"step": 7, "loss": None}))
+    text = markdown(results)
+    assert "| FFN | diverged at step 7, seed 1, loss None | 3.93 |" in text
+    assert "| GLU | 102.0 (101.0, 103.0) | 3.82 |" in text
+    assert text.index("| FFN") < text.index("| GLU")  # the paper's rows
