@@ -32,7 +32,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.trainer_utils import set_seed
 
 from transnormer_hf import TransNormerConfig
-from transnormer_hf.model.reference_transnormer import token_layout
+from transnormer_hf.model.reference_transnormer import attention_metadata
 from transnormer_hf.research.baselines import MIXERS, baseline_config
 from transnormer_hf.research.baselines.mixer import scaled_linear_attention
 from transnormer_hf.training.files import write_atomically
@@ -62,8 +62,8 @@ def measure_planted_weight(n: int, a: float, attention: str) -> float:
     value[:, :, planted] = 1
     if attention == "softmax":
         return nn.functional.scaled_dot_product_attention(query, key, value, scale=1.0).item()
-    layout = token_layout(1, n, key.device)
-    return scaled_linear_attention(query, key, value, layout, causal=False).item()
+    metadata = attention_metadata(1, n, key.device)
+    return scaled_linear_attention(query, key, value, metadata, causal=False).item()
 
 
 def planted_rows(lengths: Sequence[int]) -> list[dict[str, Any]]:

@@ -154,7 +154,7 @@ def test_crop_can_go_back_behind_an_earlier_crop():
     seen = cache.get_seq_length()
     assert seen == 200 + 5 - 5 - 20 + 3 + 2 - 30 + 150 + 1 - 60
     torch.testing.assert_close(run(model, input_ids, cache, chunks=[4]), expected[:, seen : seen + 4])
-    recorded = sum(layout.positions.shape[1] for layout in cache._recorded)
+    recorded = sum(metadata.positions.shape[1] for metadata in cache._history)
     assert recorded < 150, "what can no longer be asked for is let go"
 
 
@@ -180,8 +180,8 @@ def test_recording_that_is_switched_off_by_layer_lets_go_of_the_past():
     for layer in cache.layers:
         layer.record_past = False
     run(model, torch.randint(3, 50, (1, 10)), cache, chunks=[1])
-    assert not cache._recorded
-    assert not any(state.recorded for state in cache.states)
+    assert not cache._history
+    assert not any(state.history for state in cache.states)
 
 
 # Rows

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from transnormer_hf.model import chunked_transnormer, ops_transnormer, tiles_transnormer
 from transnormer_hf.model.ops_transnormer import diag_attention, norm_attention
-from transnormer_hf.model.reference_transnormer import token_layout
+from transnormer_hf.model.reference_transnormer import attention_metadata
 from transnormer_hf.model.tiles_transnormer import must_align
 
 # Around the chunk of 64 and the tile of 512 tokens.
@@ -56,18 +56,23 @@ def padding_mask(seq_len: int) -> torch.Tensor:
     return mask
 
 
-def layout_of(kind: str, seq_len: int):
-    """Batch size, layout, number of states, and where outputs are defined."""
+def metadata_of(kind: str, seq_len: int):
+    """Batch size, metadata, number of states, and where outputs are defined."""
     device = torch.device("cpu")
     if kind == "masked":
         mask = padding_mask(seq_len)
-        return len(mask), token_layout(len(mask), seq_len, device, attention_mask=mask), len(mask), mask.bool()
+        return len(mask), attention_metadata(len(mask), seq_len, device, attention_mask=mask), len(mask), mask.bool()
     if kind == "packed":  # with an empty sequence, and tokens beyond the last boundary
         cu_seqlens = torch.tensor([0, seq_len // 3, seq_len // 3, seq_len - seq_len // 5])
-        return 1, token_layout(1, seq_len, device, cu_seqlens=cu_seqlens), 3, torch.ones(1, seq_len, dtype=torch.bool)
+        return (
+            1,
+            attention_metadata(1, seq_len, device, cu_seqlens=cu_seqlens),
+            3,
+            torch.ones(1, seq_len, dtype=torch.bool),
+        )
     offset = torch.tensor([5, 5, 0, 70]) if kind == "continued" else 0
-    layout = token_layout(4, seq_len, device, position_offset=offset)
-    return 4, layout, 4, torch.ones(4, seq_len, dtype=torch.bool)
+    metadata = attention_metadata(4, seq_len, device, position_offset=offset)
+    return 4, metadata, 4, torch.ones(4, seq_len, dtype=torch.bool)
 
 
 def assert_all_close(results, expected, tolerance=1e-10):
@@ -86,7 +91,7 @@ KINDS = ["whole", "masked", "packed", "continued"]
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize(("feature_map", "with_lrpe"), [("identity", False), ("elu", True), ("1+elu", True)])
 def test_norm_attention_equals_its_definition(seq_len, kind, causal, feature_map, with_lrpe):
-    batch_size, layout, num_states, is_defined = layout_of(kind, seq_len)
+    batch_size, metadata, num_states, is_defined = metadata_of(kind, seq_len)
     query, key, value = projections(batch_size, seq_len)
     initial_state = torch.randn(num_states, HEADS, HEAD_DIM, HEAD_DIM, dtype=torch.float64).requires_grad_()
     lrpe = rotation() if with_lrpe else None
@@ -105,7 +110,7 @@ def test_norm_attention_equals_its_definition(seq_len, kind, causal, feature_map
             initial_state=initial_state,
             return_state=True,
             backend=backend,
-            layout=layout,
+            metadata=metadata,
         )
         grads = torch.autograd.grad([output, state], inputs, [grad_output, grad_state])
         results.append([output * is_defined[:, None, :, None], state, *grads])
@@ -117,7 +122,7 @@ def test_norm_attention_equals_its_definition(seq_len, kind, causal, feature_map
 @pytest.mark.parametrize("seq_len", LENGTHS)
 @pytest.mark.parametrize(("activation", "with_lrpe"), [("softmax", True), ("relu", True), ("softmax", False)])
 def test_diag_attention_equals_its_definition(seq_len, kind, causal, activation, with_lrpe):
-    batch_size, layout, _, is_defined = layout_of(kind, seq_len)
+    batch_size, metadata, _, is_defined = metadata_of(kind, seq_len)
     query, key, value = projections(batch_size, seq_len)
     lrpe = rotation() if with_lrpe else None
     grad_output = torch.randn_like(value) * is_defined[:, None, :, None]
@@ -132,7 +137,7 @@ def test_diag_attention_equals_its_definition(seq_len, kind, causal, activation,
             activation=activation,
             lrpe=lrpe,
             backend=backend,
-            layout=layout,
+            metadata=metadata,
         )
         grads = torch.autograd.grad(output, [query, key, value, *(lrpe or ())], grad_output)
         results.append([output * is_defined[:, None, :, None], *grads])
@@ -165,7 +170,7 @@ class _WatchReads(TorchDispatchMode):
 @pytest.mark.parametrize("activation", ["softmax", "relu"])
 def test_off_the_cpu_positions_are_not_read_by_the_host(monkeypatch, activation, kind, causal):
     """Which would make it wait for the device in every layer. The CPU plays the device here."""
-    batch_size, layout, _, is_defined = layout_of(kind, 130)
+    batch_size, metadata, _, is_defined = metadata_of(kind, 130)
     inputs = [*projections(batch_size, 130), *rotation()]
     grad_output = torch.randn_like(inputs[0]) * is_defined[:, None, :, None]
     results = []
@@ -183,7 +188,7 @@ def test_off_the_cpu_positions_are_not_read_by_the_host(monkeypatch, activation,
                 # the columns of a block that was begun earlier are numbered differently
                 dropout_p=0.0 if kind == "continued" else 0.25,
                 backend="torch",
-                layout=layout,
+                metadata=metadata,
             )
             grads = torch.autograd.grad(output, inputs, grad_output)
         assert not (aligns and watch.reads)

@@ -9,7 +9,7 @@ from transnormer_hf.model.diag_autograd_transnormer import diag_attention_backwa
 from transnormer_hf.model.diag_kernels_transnormer import TileSizes
 from transnormer_hf.model.kernels_transnormer import triton_diag_attention
 from transnormer_hf.model.ops_transnormer import diag_attention, eager_diag_attention
-from transnormer_hf.model.reference_transnormer import LRPE, TokenLayout, token_layout
+from transnormer_hf.model.reference_transnormer import LRPE, AttentionMetadata, attention_metadata
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 LEFT = [[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 13]
@@ -60,7 +60,7 @@ def assert_equals_definition(
     inputs,
     lrpe,
     *,
-    layout: TokenLayout,
+    metadata: AttentionMetadata,
     block_size=16,
     causal=False,
     activation="softmax",
@@ -69,7 +69,7 @@ def assert_equals_definition(
     """Output and every gradient within tolerance of the definition's, relative to the largest number of each."""
     dtype, head_dim = inputs[0].dtype, inputs[0].shape[-1]
     arguments = {
-        "layout": layout,
+        "metadata": metadata,
         "block_size": block_size,
         "causal": causal,
         "activation": activation,
@@ -79,8 +79,8 @@ def assert_equals_definition(
     grad = torch.randn(inputs[0].transpose(1, 2).shape).transpose(1, 2)
     # outputs in front of a row's first real token are undefined, so nothing may flow back from there
     started = torch.ones((), dtype=torch.bool)
-    if layout.is_real is not None:
-        started = (layout.is_real.cumsum(-1) > 0)[:, None, :, None]
+    if metadata.is_real is not None:
+        started = (metadata.is_real.cumsum(-1) > 0)[:, None, :, None]
     grad = grad.masked_fill(~started, 0).to(dtype)
     results = run_with_gradients(function, inputs, lrpe, grad, **arguments)
     wide = [tensor.double() for tensor in inputs]
@@ -95,12 +95,12 @@ def assert_equals_definition(
     assert results[0].dtype == dtype
 
 
-def layout_of(inputs, attention_mask=None, cu_seqlens=None, position_offset=0):
+def metadata_of(inputs, attention_mask=None, cu_seqlens=None, position_offset=0):
     if attention_mask is not None:
         attention_mask = torch.tensor(attention_mask)
     if cu_seqlens is not None:
         cu_seqlens = torch.tensor(cu_seqlens)
-    return token_layout(
+    return attention_metadata(
         inputs[0].shape[0], inputs[0].shape[2], torch.device("cpu"), attention_mask, cu_seqlens, position_offset
     )
 
@@ -125,7 +125,7 @@ def layout_of(inputs, attention_mask=None, cu_seqlens=None, position_offset=0):
 def test_equals_definition(seq_len, block_size, head_dim, causal, activation, dtype):
     inputs, lrpe = make_inputs(1, 1, seq_len, head_dim, dtype)
     assert_equals_definition(
-        inputs, lrpe, layout=layout_of(inputs), block_size=block_size, causal=causal, activation=activation
+        inputs, lrpe, metadata=metadata_of(inputs), block_size=block_size, causal=causal, activation=activation
     )
 
 
@@ -139,7 +139,7 @@ def test_equals_definition_everywhere(seq_len, block_size, head_dim, activation)
         for dtype in (torch.float32, torch.float16):
             inputs, lrpe = make_inputs(1, 1, seq_len, head_dim, dtype)
             assert_equals_definition(
-                inputs, lrpe, layout=layout_of(inputs), block_size=block_size, causal=causal, activation=activation
+                inputs, lrpe, metadata=metadata_of(inputs), block_size=block_size, causal=causal, activation=activation
             )
 
 
@@ -147,19 +147,19 @@ def test_equals_definition_everywhere(seq_len, block_size, head_dim, activation)
 @pytest.mark.parametrize("head_dim", [72, 128, 200, 256])
 def test_wide_heads(head_dim):
     inputs, lrpe = make_inputs(1, 2, 70, head_dim)
-    assert_equals_definition(inputs, lrpe, layout=layout_of(inputs), block_size=64, causal=True)
+    assert_equals_definition(inputs, lrpe, metadata=metadata_of(inputs), block_size=64, causal=True)
 
 
 def test_without_lrpe():
     inputs, _ = make_inputs(2, 3, 21, 24)
-    assert_equals_definition(inputs, None, layout=layout_of(inputs), causal=True)
+    assert_equals_definition(inputs, None, metadata=metadata_of(inputs), causal=True)
 
 
 def test_large_scores_do_not_overflow():
     inputs, _ = make_inputs(1, 1, 20, 16)
     inputs[0] *= 100
     inputs[1] *= 100
-    assert_equals_definition(inputs, None, layout=layout_of(inputs))
+    assert_equals_definition(inputs, None, metadata=metadata_of(inputs))
 
 
 # masks, packed sequences, offsets
@@ -168,14 +168,14 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize("mask", [LEFT, RIGHT, INTERIOR, NOTHING], ids=["left", "right", "interior", "nothing"])
 def test_masks(mask):
     inputs, lrpe = make_inputs(2, 1, 13, 16)
-    assert_equals_definition(inputs, lrpe, layout=layout_of(inputs, mask), block_size=4, causal=mask is not LEFT)
+    assert_equals_definition(inputs, lrpe, metadata=metadata_of(inputs, mask), block_size=4, causal=mask is not LEFT)
 
 
 def test_padding_values_do_not_leak():
     inputs, lrpe = make_inputs(2, 1, 13, 16)
-    layout = layout_of(inputs, RIGHT)
+    metadata = metadata_of(inputs, RIGHT)
     arguments = {
-        "layout": layout,
+        "metadata": metadata,
         "block_size": 4,
         "causal": False,
         "activation": "softmax",
@@ -192,20 +192,22 @@ def test_padding_values_do_not_leak():
 @pytest.mark.parametrize("cu_seqlens", [[0, 5, 5, 21, 33], [0, 0, 30]], ids=["empty inside", "tokens behind the last"])
 def test_packed_sequences(cu_seqlens):
     inputs, lrpe = make_inputs(1, 1, 33, 16)
-    assert_equals_definition(inputs, lrpe, layout=layout_of(inputs, cu_seqlens=cu_seqlens), block_size=8, causal=True)
+    assert_equals_definition(
+        inputs, lrpe, metadata=metadata_of(inputs, cu_seqlens=cu_seqlens), block_size=8, causal=True
+    )
 
 
 def test_more_packed_sequences_than_are_searched_at_once(monkeypatch):
     monkeypatch.setattr(diag_tiles_transnormer, "SEQUENCES_AT_ONCE", tl.constexpr(4))
     inputs, lrpe = make_inputs(1, 1, 20, 16)
-    layout = layout_of(inputs, cu_seqlens=[0, 3, 3, 3, 3, 3, 3, 5, 6, 17, 17])
-    assert_equals_definition(inputs, lrpe, layout=layout, block_size=8)
+    metadata = metadata_of(inputs, cu_seqlens=[0, 3, 3, 3, 3, 3, 3, 5, 6, 17, 17])
+    assert_equals_definition(inputs, lrpe, metadata=metadata, block_size=8)
 
 
 def test_blocks_that_began_earlier():
     inputs, lrpe = make_inputs(2, 1, 19, 16)
     offsets = torch.tensor([3, 8])
-    assert_equals_definition(inputs, lrpe, layout=layout_of(inputs, position_offset=offsets), block_size=8)
+    assert_equals_definition(inputs, lrpe, metadata=metadata_of(inputs, position_offset=offsets), block_size=8)
 
 
 # blocks larger than a tile
@@ -218,7 +220,7 @@ def test_blocks_that_began_earlier():
 def test_split_blocks(small_tiles, causal, activation, dtype):
     inputs, lrpe = make_inputs(1, 1, 50, 16, dtype)
     assert_equals_definition(
-        inputs, lrpe, layout=layout_of(inputs), block_size=40, causal=causal, activation=activation
+        inputs, lrpe, metadata=metadata_of(inputs), block_size=40, causal=causal, activation=activation
     )
 
 
@@ -231,33 +233,33 @@ def test_split_blocks_everywhere(small_tiles, activation, causal, case):
     inputs, lrpe = make_inputs(1 if packed else 2, 2, 39, 24)
     masks = {"left": [0] * 5 + [1] * 34, "interior": [1] * 9 + [0] * 21 + [1] * 9, "nothing": [0] * 39}
     mask = [masks[case], [1] * 39] if case in masks else None
-    layout = layout_of(inputs, mask, [0, 7, 7, 39] if packed else None, 11 if case == "offset" else 0)
+    metadata = metadata_of(inputs, mask, [0, 7, 7, 39] if packed else None, 11 if case == "offset" else 0)
     lrpe = None if case == "no lrpe" else lrpe
-    assert_equals_definition(inputs, lrpe, layout=layout, block_size=24, causal=causal, activation=activation)
+    assert_equals_definition(inputs, lrpe, metadata=metadata, block_size=24, causal=causal, activation=activation)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block_size", [128, 130, 256])
 def test_large_blocks(block_size):
     inputs, lrpe = make_inputs(1, 1, 140, 16, torch.float16)
-    assert_equals_definition(inputs, lrpe, layout=layout_of(inputs), block_size=block_size, causal=True)
+    assert_equals_definition(inputs, lrpe, metadata=metadata_of(inputs), block_size=block_size, causal=True)
 
 
 # memory
 
 
 def test_strides_as_they_come():
-    """Slices of one fused projection, another layout for the value, and a gradient that is one number expanded."""
+    """Slices of one fused projection, another metadata for the value, and a gradient that is one number expanded."""
     fused = torch.randn(2, 18, 3, 2, 16)
     query, key = fused[:, :, 0].transpose(1, 2), fused[:, :, 1].transpose(1, 2)
     value = torch.randn(2, 2, 16, 18).transpose(-1, -2)
     results, expected = [], []
     for function, wanted in ((triton_diag_attention, results), (eager_diag_attention, expected)):
         inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-        layout = layout_of(inputs)
+        metadata = metadata_of(inputs)
         output = function(
             *inputs,
-            layout=layout,
+            metadata=metadata,
             block_size=8,
             causal=True,
             activation="softmax",
@@ -276,7 +278,7 @@ def test_inputs_are_left_alone():
     inputs, lrpe = make_inputs(1, 2, 17, 16)
     before = [tensor.clone() for tensor in inputs]
     run_with_gradients(
-        triton_diag_attention, inputs, lrpe, torch.ones(1, 2, 17, 16), layout=layout_of(inputs), block_size=8,
+        triton_diag_attention, inputs, lrpe, torch.ones(1, 2, 17, 16), metadata=metadata_of(inputs), block_size=8,
         causal=True, activation="relu", scale=1.0, dropout_p=0.0,
     )  # fmt: skip
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, before, strict=True))
@@ -285,7 +287,7 @@ def test_inputs_are_left_alone():
 def test_same_bits_every_time():
     inputs, lrpe = make_inputs(2, 2, 33, 16)
     arguments = {
-        "layout": layout_of(inputs),
+        "metadata": metadata_of(inputs),
         "block_size": 8,
         "causal": True,
         "activation": "softmax",
@@ -304,7 +306,7 @@ def test_householder_gradient():
     for function in (triton_diag_attention, eager_diag_attention):
         householder = lrpe.householder.clone().requires_grad_()
         output = function(
-            *inputs, layout=layout_of(inputs), block_size=4, causal=True, activation="softmax", scale=0.25,
+            *inputs, metadata=metadata_of(inputs), block_size=4, causal=True, activation="softmax", scale=0.25,
             lrpe=LRPE(lrpe.theta, householder), dropout_p=0.0,
         )  # fmt: skip
         grads.append(torch.autograd.grad(output.square().sum(), householder)[0])
@@ -319,7 +321,7 @@ def dropout_case(block_size=16):
     inputs, lrpe = make_inputs(2, 2, 16, 16)
     inputs[2] = torch.eye(16).expand(2, 2, 16, 16)
     return inputs, {
-        "layout": layout_of(inputs),
+        "metadata": metadata_of(inputs),
         "block_size": block_size,
         "causal": False,
         "activation": "softmax",
@@ -381,11 +383,11 @@ def test_dropout_follows_the_generator():
 
 def operator_arguments(seq_len=9, dropout=False, mask=False):
     (query, key, value), lrpe = make_inputs(2, 1, seq_len, 16)
-    layout = layout_of([query], LEFT if mask else None)
+    metadata = metadata_of([query], LEFT if mask else None)
     seed = torch.tensor([7]) if dropout else None
     return (
         *(tensor.requires_grad_() for tensor in (query, key, value)), lrpe.theta.requires_grad_(), lrpe.householder,
-        layout.positions, layout.is_real, None, seed, 4, True, "softmax", 0.25, 0.1 if dropout else 0.0,
+        metadata.positions, metadata.is_real, None, seed, 4, True, "softmax", 0.25, 0.1 if dropout else 0.0,
     )  # fmt: skip
 
 
@@ -438,7 +440,7 @@ def test_empty_input():
     inputs, lrpe = make_inputs(0, 2, 12, 16)
     output = triton_diag_attention(
         *inputs,
-        layout=layout_of(inputs),
+        metadata=metadata_of(inputs),
         block_size=8,
         causal=True,
         activation="relu",

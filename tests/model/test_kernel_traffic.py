@@ -54,7 +54,7 @@ def test_every_token_is_counted_once(seq_len, block_size):
 def test_count_is_that_of_the_launch(monkeypatch):
     """The plan that is counted is the plan that is launched."""
     from transnormer_hf.model import diag_autograd_transnormer
-    from transnormer_hf.model.reference_transnormer import token_layout
+    from transnormer_hf.model.reference_transnormer import attention_metadata
 
     plans = []
 
@@ -65,7 +65,7 @@ def test_count_is_that_of_the_launch(monkeypatch):
     monkeypatch.setattr(diag_autograd_transnormer, "diag_plan", spy)
     query = torch.randn(1, 2, 40, 16)
     diag_autograd_transnormer.triton_diag_attention(
-        query, query, query, layout=token_layout(1, 40, query.device), block_size=16, causal=True, activation="relu",
+        query, query, query, metadata=attention_metadata(1, 40, query.device), block_size=16, causal=True, activation="relu",
         scale=1.0, lrpe=None, dropout_p=0.0,
     )  # fmt: skip
     assert plans == [diag_plan("sm_80", "fp32", 16, 40, 16, None)]

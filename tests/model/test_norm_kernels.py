@@ -7,7 +7,7 @@ from transnormer_hf.model import norm_autograd_transnormer, rms_kernels_transnor
 from transnormer_hf.model.norm_autograd_transnormer import triton_norm_attention, triton_norm_attention_step
 from transnormer_hf.model.norm_kernels_transnormer import KERNELS, segments_per_sequence
 from transnormer_hf.model.ops_transnormer import eager_norm_attention, norm_attention, simple_rms_norm
-from transnormer_hf.model.reference_transnormer import LRPE, TokenLayout, token_layout
+from transnormer_hf.model.reference_transnormer import LRPE, AttentionMetadata, attention_metadata
 from transnormer_hf.model.rms_kernels_transnormer import triton_simple_rms_norm
 from transnormer_hf.model.triton_features_transnormer import compile_arguments
 
@@ -49,7 +49,7 @@ def make_inputs(batch_size, num_heads, seq_len, head_dim, dtype=torch.float32):
     return [query, key, value], LRPE(theta, householder)
 
 
-def run_with_gradients(function, inputs, lrpe, state, grads, layout, **arguments):
+def run_with_gradients(function, inputs, lrpe, state, grads, metadata, **arguments):
     """Output, state and the gradients of query, key, value, theta and the initial state, as far as there are any."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     wanted = list(inputs)
@@ -61,11 +61,11 @@ def run_with_gradients(function, inputs, lrpe, state, grads, layout, **arguments
         wanted.append(state)
     return_state = grads[1] is not None
     output, new_state = function(
-        *inputs, layout=layout, lrpe=lrpe, initial_state=state, return_state=return_state, **arguments
+        *inputs, metadata=metadata, lrpe=lrpe, initial_state=state, return_state=return_state, **arguments
     )
     results = [output, new_state] if return_state else [output]
-    if layout.is_real is not None:  # outputs at padding are undefined: nothing may flow back from there
-        results[0] = output.masked_fill(~layout.is_real[:, None, :, None], 0)
+    if metadata.is_real is not None:  # outputs at padding are undefined: nothing may flow back from there
+        results[0] = output.masked_fill(~metadata.is_real[:, None, :, None], 0)
     gradients = torch.autograd.grad(results, wanted, [g.to(r.dtype) for r, g in zip(results, grads, strict=False)])
     return [result.detach() for result in results] + list(gradients)
 
@@ -74,7 +74,7 @@ def assert_equals_definition(
     inputs,
     lrpe=None,
     *,
-    layout=None,
+    metadata=None,
     causal=False,
     feature_map="1+elu",
     state=None,
@@ -84,12 +84,12 @@ def assert_equals_definition(
     """Everything within tolerance of the definition, relative to the norm of each result."""
     dtype = inputs[0].dtype
     batch_size, num_heads, seq_len, head_dim = inputs[0].shape
-    layout = layout or token_layout(batch_size, seq_len, torch.device("cpu"))
-    states = batch_size if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1
+    metadata = metadata or attention_metadata(batch_size, seq_len, torch.device("cpu"))
+    states = batch_size if metadata.cu_seqlens is None else metadata.cu_seqlens.shape[0] - 1
     grads = [torch.randn(inputs[2].shape), None]
     if return_state:
         grads[1] = torch.randn(states, num_heads, head_dim, inputs[2].shape[-1])
-    arguments = {"layout": layout, "causal": causal, "feature_map": feature_map}
+    arguments = {"metadata": metadata, "causal": causal, "feature_map": feature_map}
     found = run_with_gradients(function, inputs, lrpe, state, grads, **arguments)
     expected = run_with_gradients(
         eager_norm_attention,
@@ -150,7 +150,7 @@ def test_state_in_parts(kernels, parts, monkeypatch, in_segments):
         inputs,
         lrpe,
         causal=kernels == "causal",
-        layout=token_layout(2, 40, torch.device("cpu"), attention_mask=mask),
+        metadata=attention_metadata(2, 40, torch.device("cpu"), attention_mask=mask),
         state=torch.randn(2, 1, 40, 40),
         return_state=True,
     )
@@ -196,14 +196,20 @@ def test_masks(side, causal):
     inputs, lrpe = make_inputs(2, 1, 40, 8)
     mask = torch.tensor(MASKS[side])
     found = assert_equals_definition(
-        inputs, lrpe, layout=token_layout(2, 40, mask.device, mask), causal=causal, return_state=True
+        inputs, lrpe, metadata=attention_metadata(2, 40, mask.device, mask), causal=causal, return_state=True
     )
     padding = ~mask.bool()[:, None, :, None]
     for tensor in inputs[1:]:
         tensor.masked_fill_(padding, float("inf"))
-    layout = token_layout(2, 40, mask.device, mask)
+    metadata = attention_metadata(2, 40, mask.device, mask)
     output, _ = triton_norm_attention(
-        *inputs, layout=layout, causal=causal, feature_map="1+elu", lrpe=lrpe, initial_state=None, return_state=False
+        *inputs,
+        metadata=metadata,
+        causal=causal,
+        feature_map="1+elu",
+        lrpe=lrpe,
+        initial_state=None,
+        return_state=False,
     )
     assert torch.equal(output.masked_fill(padding, 0), found[0])
 
@@ -215,8 +221,8 @@ def test_masks_in_segments(segments, causal, in_segments):
     inputs, lrpe = make_inputs(3, 1, 62, 8)
     mask = torch.ones(3, 62, dtype=torch.long)
     mask[0, :35], mask[1, 33:], mask[2, 25:55] = 0, 0, 0
-    layout = token_layout(3, 62, mask.device, mask)
-    assert_equals_definition(inputs, lrpe, layout=layout, causal=causal, return_state=True)
+    metadata = attention_metadata(3, 62, mask.device, mask)
+    assert_equals_definition(inputs, lrpe, metadata=metadata, causal=causal, return_state=True)
 
 
 @BOTH
@@ -230,9 +236,9 @@ def test_packed_sequences(boundaries, segments, causal, in_segments):
     seq_len = boundaries[-1] if segments == 2 else boundaries[-1] + 10
     inputs, lrpe = make_inputs(1, 1, seq_len, 8)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-    layout = token_layout(1, seq_len, cu_seqlens.device, cu_seqlens=cu_seqlens)
+    metadata = attention_metadata(1, seq_len, cu_seqlens.device, cu_seqlens=cu_seqlens)
     state = torch.randn(len(boundaries) - 1, 1, 8, 8)
-    assert_equals_definition(inputs, lrpe, layout=layout, causal=causal, state=state, return_state=True)
+    assert_equals_definition(inputs, lrpe, metadata=metadata, causal=causal, state=state, return_state=True)
 
 
 @BOTH
@@ -250,12 +256,18 @@ def test_states(seq_len, segments, given, returned, causal, in_segments):
 def test_gradient_of_the_state_alone(causal, in_segments):
     in_segments(2)
     inputs, _ = make_inputs(1, 2, 40, 8)
-    layout = token_layout(1, 40, torch.device("cpu"))
+    metadata = attention_metadata(1, 40, torch.device("cpu"))
     results = []
     for function in (triton_norm_attention, eager_norm_attention):
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         _, state = function(
-            *leaves, layout=layout, causal=causal, feature_map="elu", lrpe=None, initial_state=None, return_state=True
+            *leaves,
+            metadata=metadata,
+            causal=causal,
+            feature_map="elu",
+            lrpe=None,
+            initial_state=None,
+            return_state=True,
         )
         results.append(torch.autograd.grad(state.square().sum(), leaves[1:]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-3)
@@ -336,10 +348,10 @@ def test_positions_far_out():
     """Angles keep their accuracy at position 131,072, and at 10 million."""
     for offset in (131_072, 10_000_000):
         inputs, lrpe = make_inputs(1, 1, 20, 16)
-        layout = token_layout(1, 20, torch.device("cpu"), position_offset=offset)
+        metadata = attention_metadata(1, 20, torch.device("cpu"), position_offset=offset)
         function = triton_norm_attention
         arguments = {
-            "layout": layout,
+            "metadata": metadata,
             "causal": True,
             "feature_map": "elu",
             "initial_state": None,
@@ -369,10 +381,10 @@ def test_two_runs_give_the_same_bits(causal, in_segments):
     in_segments(2)
     inputs, lrpe = make_inputs(1, 2, 40, 8)
     grads = [torch.randn(inputs[2].shape), torch.randn(1, 2, 8, 8)]
-    layout = token_layout(1, 40, torch.device("cpu"))
+    metadata = attention_metadata(1, 40, torch.device("cpu"))
     runs = [
         run_with_gradients(
-            triton_norm_attention, inputs, lrpe, grads[1], grads, layout=layout, causal=causal, feature_map="elu"
+            triton_norm_attention, inputs, lrpe, grads[1], grads, metadata=metadata, causal=causal, feature_map="elu"
         )
         for _ in range(2)
     ]
@@ -413,15 +425,15 @@ def test_step(head_dim):
     state = torch.zeros(2, 2, head_dim, head_dim)
     address = state.data_ptr()
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    layout = token_layout(2, 5, mask.device, mask)
+    metadata = attention_metadata(2, 5, mask.device, mask)
     outputs = []
     for token in range(5):
-        here = TokenLayout(layout.positions[:, token : token + 1], layout.is_real[:, token : token + 1])
+        here = AttentionMetadata(metadata.positions[:, token : token + 1], metadata.is_real[:, token : token + 1])
         columns = (tensor[:, :, token : token + 1] for tensor in inputs)
-        outputs.append(triton_norm_attention_step(*columns, state, layout=here, feature_map="1+elu", lrpe=lrpe))
+        outputs.append(triton_norm_attention_step(*columns, state, metadata=here, feature_map="1+elu", lrpe=lrpe))
     expected, expected_state = eager_norm_attention(
         *(tensor.double() for tensor in inputs),
-        layout=layout,
+        metadata=metadata,
         causal=True,
         feature_map="1+elu",
         lrpe=LRPE(*(parameter.double() for parameter in lrpe)),
@@ -437,15 +449,15 @@ def test_step(head_dim):
 
 def test_step_refuses_what_it_cannot_do():
     inputs, _ = make_inputs(1, 1, 2, 8)
-    layout = token_layout(1, 2, torch.device("cpu"))
+    metadata = attention_metadata(1, 2, torch.device("cpu"))
     state = torch.zeros(1, 1, 8, 8)
     with pytest.raises(ValueError, match="query has 2 tokens"):
-        triton_norm_attention_step(*inputs, state, layout=layout, feature_map="elu", lrpe=None)
+        triton_norm_attention_step(*inputs, state, metadata=metadata, feature_map="elu", lrpe=None)
     one = [tensor[:, :, :1] for tensor in inputs]
-    layout = token_layout(1, 1, torch.device("cpu"))
+    metadata = attention_metadata(1, 1, torch.device("cpu"))
     for wrong in (state.half(), state[..., :4], state.expand(1, 2, 8, 8), state.mT):
         with pytest.raises(ValueError, match="changed in place"):
-            triton_norm_attention_step(*one, wrong, layout=layout, feature_map="elu", lrpe=None)
+            triton_norm_attention_step(*one, wrong, metadata=metadata, feature_map="elu", lrpe=None)
 
 
 @pytest.mark.parametrize(

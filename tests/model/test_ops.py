@@ -9,7 +9,7 @@ import torch
 from torch.autograd import gradcheck
 
 from transnormer_hf import diag_attention, norm_attention, simple_rms_norm
-from transnormer_hf.model.reference_transnormer import token_layout
+from transnormer_hf.model.reference_transnormer import attention_metadata
 
 BATCH, HEADS, SEQ, HEAD_DIM = 2, 2, 7, 4
 BACKENDS = ("eager", "torch")
@@ -226,7 +226,7 @@ class TestGradients:
     """Against finite differences in float64: of inputs, angles and states, padded, packed, across chunks."""
 
     LAYOUTS = pytest.mark.parametrize(
-        "layout",
+        "metadata",
         [
             {},
             {"attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 1, 0]])},
@@ -244,8 +244,8 @@ class TestGradients:
         return theta.requires_grad_(), householder
 
     @LAYOUTS
-    def test_norm_attention(self, causal, backend, layout):
-        batch_size = 1 if "cu_seqlens" in layout else 2
+    def test_norm_attention(self, causal, backend, metadata):
+        batch_size = 1 if "cu_seqlens" in metadata else 2
         theta, householder = self.angles(2)
         state = torch.randn(2, 1, 2, 2, dtype=torch.float64, requires_grad=True)
 
@@ -260,15 +260,15 @@ class TestGradients:
                 initial_state=state,
                 return_state=True,
                 backend=backend,
-                **layout,
+                **metadata,
             )
 
         assert gradcheck(op, (*self.inputs(batch_size, 5, 2), theta, state))
 
     @LAYOUTS
     @pytest.mark.parametrize("activation", ["softmax", "relu"])
-    def test_diag_attention(self, causal, backend, layout, activation):
-        batch_size = 1 if "cu_seqlens" in layout else 2
+    def test_diag_attention(self, causal, backend, metadata, activation):
+        batch_size = 1 if "cu_seqlens" in metadata else 2
         theta, householder = self.angles(2)
 
         def op(query, key, value, theta):
@@ -281,7 +281,7 @@ class TestGradients:
                 activation=activation,
                 lrpe=(theta, householder),
                 backend=backend,
-                **layout,
+                **metadata,
             )
 
         assert gradcheck(op, (*self.inputs(batch_size, 5, 2), theta))
@@ -327,9 +327,9 @@ class TestNormAttention:
         kwargs = {"causal": True, "feature_map": "1+elu", "lrpe": lrpe, "return_state": True, "backend": backend}
         expected, expected_state = norm_attention(*inputs, **kwargs)
         early, state = norm_attention(*(states[:, :, :split] for states in inputs), **kwargs)
-        layout = token_layout(2, 260 - split, torch.device("cpu"), position_offset=split)
+        metadata = attention_metadata(2, 260 - split, torch.device("cpu"), position_offset=split)
         rest = (states[:, :, split:] for states in inputs)
-        late, state = norm_attention(*rest, **kwargs, initial_state=state, layout=layout)
+        late, state = norm_attention(*rest, **kwargs, initial_state=state, metadata=metadata)
         torch.testing.assert_close(torch.cat((early, late), 2), expected)
         torch.testing.assert_close(state, expected_state)
 
@@ -475,9 +475,9 @@ WRONG = [
         "attention_mask and cu_seqlens were both given",
     ),
     (
-        {"attention_mask": torch.ones(2, 6), "layout": token_layout(2, 6, torch.device("cpu"))},
+        {"attention_mask": torch.ones(2, 6), "metadata": attention_metadata(2, 6, torch.device("cpu"))},
         "both",
-        "layout was given together with attention_mask or cu_seqlens",
+        "metadata was given together with attention_mask or cu_seqlens",
     ),
     ({"lrpe": (torch.zeros(4), HOUSEHOLDER)}, "both", "lrpe has shapes (4,) and (4,); head_dim=4 needs theta (2,)"),
     ({"lrpe": (THETA, torch.zeros(2))}, "both", "and householder (4,)"),

@@ -1,4 +1,4 @@
-"""Feature maps, LRPE and token layouts, against formulas written out again here in plain Python."""
+"""Feature maps, LRPE and token history_metadata, against formulas written out again here in plain Python."""
 
 import math
 
@@ -7,13 +7,13 @@ import torch
 
 from transnormer_hf.model.reference_transnormer import (
     LRPE,
-    TokenLayout,
+    AttentionMetadata,
     apply_feature_map,
     apply_lrpe,
+    attention_metadata,
     compute_dtype,
     prepare_query_key,
     rotation_table,
-    token_layout,
     zero_padding,
 )
 
@@ -131,15 +131,15 @@ def test_sums_are_float32_at_least():
 
 
 class TestTokenLayout:
-    def layout(self, mask=None, **kwargs) -> TokenLayout:
+    def metadata(self, mask=None, **kwargs) -> AttentionMetadata:
         mask = None if mask is None else torch.tensor(mask)
         batch_size, seq_len = (1, kwargs.pop("seq_len")) if mask is None else mask.shape
-        return token_layout(batch_size, seq_len, torch.device("cpu"), mask, **kwargs)
+        return attention_metadata(batch_size, seq_len, torch.device("cpu"), mask, **kwargs)
 
     def test_without_a_mask_positions_are_columns(self):
-        layout = self.layout(seq_len=4)
-        assert layout.positions.tolist() == [0, 1, 2, 3]
-        assert layout[1:] == (None, None, None)
+        metadata = self.metadata(seq_len=4)
+        assert metadata.positions.tolist() == [0, 1, 2, 3]
+        assert metadata[1:] == (None, None, None)
 
     @pytest.mark.parametrize(
         ("mask", "positions"),
@@ -153,58 +153,61 @@ class TestTokenLayout:
     )
     @pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
     def test_positions_start_at_the_first_real_token(self, mask, positions, dtype):
-        layout = token_layout(2, 4, torch.device("cpu"), torch.tensor([mask, [1] * 4]).to(dtype))
-        assert layout.positions.tolist() == [positions, [0, 1, 2, 3]]
-        assert layout.is_real.tolist() == [[bool(real) for real in mask], [True] * 4]
+        metadata = attention_metadata(2, 4, torch.device("cpu"), torch.tensor([mask, [1] * 4]).to(dtype))
+        assert metadata.positions.tolist() == [positions, [0, 1, 2, 3]]
+        assert metadata.is_real.tolist() == [[bool(real) for real in mask], [True] * 4]
 
     def test_an_offset_moves_every_position(self):
-        assert self.layout(seq_len=3, position_offset=5).positions.tolist() == [5, 6, 7]
+        assert self.metadata(seq_len=3, position_offset=5).positions.tolist() == [5, 6, 7]
         offsets = torch.tensor([5, 9])
-        assert token_layout(2, 2, offsets.device, position_offset=offsets).positions.tolist() == [[5, 6], [9, 10]]
+        assert attention_metadata(2, 2, offsets.device, position_offset=offsets).positions.tolist() == [[5, 6], [9, 10]]
 
     def test_a_row_that_has_started_keeps_the_places_of_its_zeros(self):
-        layout = self.layout([[0, 0, 1], [0, 0, 1]], position_offset=torch.tensor([7, 0]))
-        assert layout.positions.tolist() == [[7, 8, 9], [-2, -1, 0]]
+        metadata = self.metadata([[0, 0, 1], [0, 0, 1]], position_offset=torch.tensor([7, 0]))
+        assert metadata.positions.tolist() == [[7, 8, 9], [-2, -1, 0]]
 
     def test_packed_sequences_each_start_at_zero(self):
-        layout = self.layout(seq_len=7, cu_seqlens=torch.tensor([0, 3, 4, 7]))
-        assert layout.positions.tolist() == [0, 1, 2, 0, 0, 1, 2]
-        assert layout.sequence_ids.tolist() == [0, 0, 0, 1, 2, 2, 2]
-        assert layout.is_real is None
+        metadata = self.metadata(seq_len=7, cu_seqlens=torch.tensor([0, 3, 4, 7]))
+        assert metadata.positions.tolist() == [0, 1, 2, 0, 0, 1, 2]
+        assert metadata.sequence_ids.tolist() == [0, 0, 0, 1, 2, 2, 2]
+        assert metadata.is_real is None
 
     def test_packed_sequences_may_be_empty(self):
-        layout = self.layout(seq_len=5, cu_seqlens=torch.tensor([0, 0, 3, 3, 5]))
-        assert layout.positions.tolist() == [0, 1, 2, 0, 1]
-        assert layout.sequence_ids.tolist() == [1, 1, 1, 3, 3]
+        metadata = self.metadata(seq_len=5, cu_seqlens=torch.tensor([0, 0, 3, 3, 5]))
+        assert metadata.positions.tolist() == [0, 1, 2, 0, 1]
+        assert metadata.sequence_ids.tolist() == [1, 1, 1, 3, 3]
 
     def test_packed_sequences_take_an_offset_each(self):
-        layout = self.layout(seq_len=5, cu_seqlens=torch.tensor([0, 3, 5]), position_offset=torch.tensor([10, 20]))
-        assert layout.positions.tolist() == [10, 11, 12, 20, 21]
+        metadata = self.metadata(seq_len=5, cu_seqlens=torch.tensor([0, 3, 5]), position_offset=torch.tensor([10, 20]))
+        assert metadata.positions.tolist() == [10, 11, 12, 20, 21]
 
     @pytest.mark.parametrize("shape", [(2, 5), (3, 4), (2, 1, 4), (2, 1, 4, 4), (8,)])
     def test_a_mask_of_another_shape_is_refused(self, shape):
         with pytest.raises(ValueError, match=r"attention_mask has shape .*supported is \(batch, seq\) = \(2, 4\)"):
-            token_layout(2, 4, torch.device("cpu"), torch.ones(shape))
+            attention_metadata(2, 4, torch.device("cpu"), torch.ones(shape))
 
     def test_nothing_is_read_back_from_the_device(self):
         # tensors on "meta" have no values: reading one raises
         device = torch.device("meta")
         mask = torch.ones(2, 6, device=device)
-        assert token_layout(2, 6, device, mask).positions.shape == (2, 6)
-        assert token_layout(2, 6, device, mask, position_offset=torch.ones(2, device=device)).is_real.shape == (2, 6)
+        assert attention_metadata(2, 6, device, mask).positions.shape == (2, 6)
+        assert attention_metadata(2, 6, device, mask, position_offset=torch.ones(2, device=device)).is_real.shape == (
+            2,
+            6,
+        )
         cu_seqlens = torch.ones(3, device=device, dtype=torch.int32)
-        assert token_layout(1, 6, device, cu_seqlens=cu_seqlens).sequence_ids.shape == (6,)
+        assert attention_metadata(1, 6, device, cu_seqlens=cu_seqlens).sequence_ids.shape == (6,)
 
 
 def test_padding_keys_are_zero_after_the_feature_map():
-    layout = token_layout(1, 4, torch.device("cpu"), torch.tensor([[0, 1, 1, 0]]))
+    metadata = attention_metadata(1, 4, torch.device("cpu"), torch.tensor([[0, 1, 1, 0]]))
     query, key = torch.zeros(2, 1, 2, 4, HEAD_DIM, dtype=torch.float64)
-    _, key = prepare_query_key(query, key, layout, "1+elu", make_lrpe())
+    _, key = prepare_query_key(query, key, metadata, "1+elu", make_lrpe())
     assert (key[:, :, [0, 3]] == 0).all()  # and not 1 + elu(0) = 1
     torch.testing.assert_close(key[:, :, 1:3].norm(dim=-1), torch.full((1, 2, 2), HEAD_DIM**0.5, dtype=torch.float64))
 
 
 def test_padding_that_is_not_a_number_becomes_zero():
-    layout = token_layout(1, 2, torch.device("cpu"), torch.tensor([[0, 1]]))
+    metadata = attention_metadata(1, 2, torch.device("cpu"), torch.tensor([[0, 1]]))
     states = torch.tensor([[[[float("nan")], [2.0]]]])
-    assert zero_padding(states, layout).tolist() == [[[[0.0], [2.0]]]]
+    assert zero_padding(states, metadata).tolist() == [[[[0.0], [2.0]]]]

@@ -293,9 +293,9 @@ def test_copies_of_the_package_have_operators_of_their_own():
         assert before != copy.NAMESPACE
         assert copy.norm_attention_forward._qualname != norm_attention_forward._qualname
         (query, key, value), _ = make_inputs(1, 5)
-        layout = copy.TokenLayout(torch.arange(5))
+        metadata = copy.AttentionMetadata(torch.arange(5))
         options = {"causal": True, "feature_map": "elu", "lrpe": None, "initial_state": None, "return_state": False}
-        output, _ = copy.triton_norm_attention(query, key, value, layout=layout, **options)
+        output, _ = copy.triton_norm_attention(query, key, value, metadata=metadata, **options)
         expected, _ = norm_attention(query, key, value, causal=True, feature_map="elu", backend="triton")
         assert torch.equal(output, expected)
     finally:

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from transnormer_hf import TransNormerConfig
-from transnormer_hf.model.reference_transnormer import token_layout
+from transnormer_hf.model.reference_transnormer import attention_metadata
 from transnormer_hf.research.baselines import (
     MIXERS,
     BaselineConfig,
@@ -52,8 +52,8 @@ def random_states(batch=BATCH, seq=SEQ, head_dim=HEAD_DIM, scale=1.0):
 
 
 def run(mixer, query, key, value, causal, attention_mask=None):
-    layout = token_layout(query.shape[0], query.shape[2], query.device, attention_mask)
-    return mixer(query, key, value, layout, causal)
+    metadata = attention_metadata(query.shape[0], query.shape[2], query.device, attention_mask)
+    return mixer(query, key, value, metadata, causal)
 
 
 # Definitions, one query and one key at a time. Each gives the score of a pair, up to a factor per query.
@@ -174,13 +174,13 @@ def test_map_times_values_is_the_output(mixer, causal):
     mask[0, :7] = 0
     attend = make_mixer(mixer)
     attend.config.max_position_embeddings = query.shape[2]
-    layout = token_layout(BATCH, query.shape[2], query.device, mask)
-    weights = attend.attention_map(query, key, layout, causal)
+    metadata = attention_metadata(BATCH, query.shape[2], query.device, mask)
+    weights = attend.attention_map(query, key, metadata, causal)
     is_real = mask[:, None, :, None].bool()
     rows_sum = weights.sum(-1, keepdim=True).masked_select(is_real)
     # relu may leave a query nothing
     torch.testing.assert_close(rows_sum, (rows_sum > 0).to(rows_sum) if mixer == "cosformer" else rows_sum * 0 + 1)
-    output = attend(query, key, value, layout, causal)
+    output = attend(query, key, value, metadata, causal)
     expected = weights @ (value * is_real)
     torch.testing.assert_close(output * is_real, expected * is_real)
 
@@ -272,8 +272,8 @@ def test_log_normal_scores_have_the_variance_of_softmax_scores(head_dim):
     """The promise of moment matching, within the range of the fit."""
     query, key, _ = random_states(batch=1, seq=400, head_dim=head_dim, scale=1.0)
     attend = make_mixer("lln", head_dim)
-    layout = token_layout(1, 400, query.device)
-    alpha_q, beta_k = attend.exponents(query, key, layout, False)
+    metadata = attention_metadata(1, 400, query.device)
+    alpha_q, beta_k = attend.exponents(query, key, metadata, False)
     log_scores = (alpha_q[:, :, :, None] + beta_k[:, :, None]).logsumexp(-1)
     softmax_variance = (query.std() * key.std()) ** 2
     assert log_scores.var().item() == pytest.approx(softmax_variance.item(), rel=0.15)
@@ -282,8 +282,8 @@ def test_log_normal_scores_have_the_variance_of_softmax_scores(head_dim):
 def test_no_gradient_flows_through_the_moments():
     query, key, _ = (s.requires_grad_() for s in random_states())
     attend = make_mixer("lln")
-    layout = token_layout(BATCH, SEQ, query.device)
-    scaled, _ = attend.exponents(query, key, layout, False)
+    metadata = attention_metadata(BATCH, SEQ, query.device)
+    scaled, _ = attend.exponents(query, key, metadata, False)
     (gradient,) = torch.autograd.grad(scaled.sum(), query)
     assert (gradient - gradient.flatten()[0]).abs().max() == 0  # alpha, the same everywhere
 
@@ -379,7 +379,7 @@ def test_the_next_rival_is_one_more_class():
 
         @register_mixer("squared")
         class Squared(EluMixer):
-            def features(self, query, key, layout, causal):
+            def features(self, query, key, metadata, causal):
                 return query.square(), key.square()
 
         model = AutoModelForMaskedLM.from_config(make_config("squared"))

@@ -17,7 +17,7 @@ from transnormer_hf import (
 )
 from transnormer_hf.training.sequence_parallel import (
     make_sequence_parallel,
-    sequence_parallel_layout,
+    sequence_parallel_metadata,
     sequence_parallel_norm_attention,
 )
 
@@ -248,8 +248,8 @@ def test_a_model_with_batch_norm_is_refused():
 def positions_of_slices(boundaries: list[int], mask: torch.Tensor | None) -> torch.Tensor:
     begin, end = list(pairwise(boundaries))[dist.get_rank()]
     part = None if mask is None else mask[:, begin:end]
-    layout = sequence_parallel_layout(BATCH, end - begin, torch.device("cpu"), part)
-    return layout.positions.expand(BATCH, -1).clone()
+    metadata = sequence_parallel_metadata(BATCH, end - begin, torch.device("cpu"), part)
+    return metadata.positions.expand(BATCH, -1).clone()
 
 
 @pytest.mark.parametrize("name", masks())

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticCache
 
-from .reference_transnormer import TokenLayout, compute_dtype, zero_padding
+from .reference_transnormer import AttentionMetadata, compute_dtype, zero_padding
 
 # Name of a saved cache inside of a folder.
 STATE_FILE = "transnormer_state.safetensors"
@@ -56,40 +56,40 @@ FINGERPRINT_FIELDS = (
 class NewTokens(NamedTuple):
     """The tokens of one forward, as the states take them in; made once for all layers.
 
-    layout: positions (batch, seq), negative in front of a row's first real token, and which tokens are real.
-    are_first: whether no token came before them.
-    are_recorded: whether `crop` may have to take them back.
-    places: (batch, tail) place in the current block of the last columns, `block_size` for tokens outside of it. The
+    metadata: positions (batch, seq), negative in front of a row's first real token, and which tokens are real.
+    is_prefill: whether no token came before them.
+    is_recorded: whether `crop` may have to take them back.
+    slots: (batch, tail) place in the current block of the last columns, `block_size` for tokens outside of it. The
         current block is the one where a row's last column stands.
-    visible: (batch, 1, 1, block_size + 1) bool, places that the last column sees.
-    past_places: (batch, block_size) places of the block in the state, so turned that it ends where the tokens begin.
-    joined: layout of these places and the tokens behind them, a row of block_size + seq columns padded on the left.
+    visible: (batch, 1, 1, block_size + 1) bool, slots that the last column sees.
+    past_slots: (batch, block_size) slots of the block in the state, so turned that it ends where the tokens begin.
+    metadata_with_past: metadata of these slots and the tokens behind them, a row of block_size + seq columns padded on the left.
     The last four are None in a model without DiagAttention, and the last two where there is nothing to continue.
     """
 
-    layout: TokenLayout
-    are_first: bool
-    are_recorded: bool
-    places: torch.Tensor | None = None
+    metadata: AttentionMetadata
+    is_prefill: bool
+    is_recorded: bool
+    slots: torch.Tensor | None = None
     visible: torch.Tensor | None = None
-    past_places: torch.Tensor | None = None
-    joined: TokenLayout | None = None
+    past_slots: torch.Tensor | None = None
+    metadata_with_past: AttentionMetadata | None = None
 
     @property
     def is_step(self) -> bool:
         """One token after others, which goes through the state alone."""
-        return not self.are_first and self.layout.positions.shape[1] == 1
+        return not self.is_prefill and self.metadata.positions.shape[1] == 1
 
 
 class AttentionState:
     """What one attention remembers: `tensors`, batch first, empty before the first token.
 
-    recorded: keys and values that `crop` may take back.
+    history: keys and values that `crop` may take back.
     """
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self.recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.history: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def append(
         self, key: torch.Tensor, value: torch.Tensor, tokens: NewTokens, new_state: torch.Tensor | None = None
@@ -102,8 +102,8 @@ class AttentionState:
         if not self.tensors:
             batch_size, num_heads, _, head_dim = key.shape
             self.allocate(batch_size, num_heads, head_dim, compute_dtype(key.dtype), key.device)
-        if tokens.are_recorded:
-            self.recorded.append((key, value))
+        if tokens.is_recorded:
+            self.history.append((key, value))
         if new_state is None:
             self.write(key, value, tokens)
         else:
@@ -126,7 +126,7 @@ class NormAttentionState(AttentionState):
 
     def write(self, key, value, tokens):
         state = self.tensors["state"]
-        key, value = (zero_padding(new.to(state.dtype), tokens.layout) for new in (key, value))
+        key, value = (zero_padding(new.to(state.dtype), tokens.metadata) for new in (key, value))
         if key.shape[2] == 1:
             state.addcmul_(key.transpose(-1, -2), value)
         else:
@@ -153,16 +153,16 @@ class DiagAttentionState(AttentionState):
         self.tensors["values"] = _zeros(*shape, dtype=dtype, device=device)
 
     def write(self, key, value, tokens):
-        tail = tokens.places.shape[1]
+        tail = tokens.slots.shape[1]
         for name, new in (("keys", key), ("values", value)):
             new = new[:, :, -tail:].to(self.tensors[name].dtype)
-            self.tensors[name].scatter_(2, tokens.places[:, None, :, None].expand_as(new), new)
+            self.tensors[name].scatter_(2, tokens.slots[:, None, :, None].expand_as(new), new)
 
     def past(self, tokens: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the current block, to stand in front of new ones: (batch, heads, block_size, head_dim)."""
         keys, values = self.tensors["keys"], self.tensors["values"]
-        places = tokens.past_places[:, None, :, None].expand(*keys.shape[:2], -1, keys.shape[3])
-        return keys.gather(2, places), values.gather(2, places)
+        slots = tokens.past_slots[:, None, :, None].expand(*keys.shape[:2], -1, keys.shape[3])
+        return keys.gather(2, slots), values.gather(2, slots)
 
     def attend(self, query: torch.Tensor, tokens: NewTokens, activation: str, scale: float) -> torch.Tensor:
         """DiagAttention of a query whose own token the state has: (batch, heads, 1, head_dim) to the same."""
@@ -225,7 +225,7 @@ class TransNormerCache(Cache):
         self.seen = torch.zeros((), dtype=torch.long)
         # "lengths": (batch,) positions taken by each row; "is_filled": (batch, block_size + 1), see `NewTokens.visible`
         self.rows: dict[str, torch.Tensor] = {}
-        self._recorded: list[TokenLayout] = []
+        self._history: list[AttentionMetadata] = []
         self._base: list[dict[str, torch.Tensor]] = []  # every tensor as it was before the recorded tokens
 
     @property
@@ -237,15 +237,15 @@ class TransNormerCache(Cache):
 
     # Taking tokens in
 
-    def receive(self, layout: TokenLayout, batch_size: int) -> list[StateView | tuple[StateView, ...]]:
+    def receive(self, metadata: AttentionMetadata, batch_size: int) -> list[StateView | tuple[StateView, ...]]:
         """Counts the tokens of a forward; returns what each layer needs to take them in, two views for a hybrid one.
 
-        layout: as `token_layout` gives it, with `position_offset=cache.lengths`.
+        metadata: as `attention_metadata` gives it, with `position_offset=cache.lengths`.
 
         Raises ValueError where the cache holds another number of rows.
         """
         if not self.has_begun:
-            self._start(batch_size, layout.positions.device)
+            self._start(batch_size, metadata.positions.device)
         elif batch_size != self.batch_size:
             raise ValueError(
                 f"past_key_values holds {self.batch_size} rows and the input has {batch_size}; beams and several "
@@ -254,12 +254,12 @@ class TransNormerCache(Cache):
         is_recording = any(layer.record_past for layer in self.layers)
         if not is_recording:
             self._forget()
-        elif not self._recorded:
+        elif not self._history:
             self._base = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in self._tensors()]
-        layout = layout._replace(positions=layout.positions.expand(batch_size, -1))
+        metadata = metadata._replace(positions=metadata.positions.expand(batch_size, -1))
         if is_recording:
-            self._recorded.append(layout)
-        tokens = self._count(layout, is_recording)
+            self._history.append(metadata)
+        tokens = self._count(metadata, is_recording)
         views = [tuple(StateView(state, tokens) for state in layer.states) for layer in self.layers]
         return [view if len(view) > 1 else view[0] for view in views]
 
@@ -278,40 +278,42 @@ class TransNormerCache(Cache):
             if self.block_size is not None:
                 self.rows["is_filled"] = _zeros(batch_size, self.block_size + 1, dtype=torch.bool, device=device)
 
-    def _count(self, layout: TokenLayout, are_recorded: bool) -> NewTokens:
+    def _count(self, metadata: AttentionMetadata, is_recorded: bool) -> NewTokens:
         """Moves the rows on by these tokens."""
-        lengths, positions = self.rows["lengths"], layout.positions  # (batch,), (batch, seq)
-        tokens = NewTokens(layout, are_first=not self.has_begun, are_recorded=are_recorded)
+        lengths, positions = self.rows["lengths"], metadata.positions  # (batch,), (batch, seq)
+        tokens = NewTokens(metadata, is_prefill=not self.has_begun, is_recorded=is_recorded)
         if self.block_size is not None:
-            tokens = self._place(tokens, self.block_size)
+            tokens = self._assign_slots(tokens, self.block_size)
         lengths.copy_((positions[:, -1] + 1).clamp(min=0))
         self.seen.add_(positions.shape[1])
         self.has_begun = True
         return tokens
 
-    def _place(self, tokens: NewTokens, block_size: int) -> NewTokens:
-        """Finds the tokens' places in the current block of each row, and moves on to that block."""
-        is_filled, positions = self.rows["is_filled"], tokens.layout.positions
+    def _assign_slots(self, tokens: NewTokens, block_size: int) -> NewTokens:
+        """Finds the tokens' slots in the current block of each row, and moves on to that block."""
+        is_filled, positions = self.rows["is_filled"], tokens.metadata.positions
         last = self.rows["lengths"][:, None] - 1  # (batch, 1) position before the new tokens
         begun = last - last % block_size
-        if not tokens.are_first and not tokens.is_step:
+        if not tokens.is_prefill and not tokens.is_step:
             within = positions - begun.clamp(min=0)  # (batch, seq) counted from where the current block began
             past = within[:, :1] + torch.arange(-block_size, 0, device=within.device)  # (batch, block_size)
-            past_places = past.clamp(min=0)
-            is_real = torch.cat(((past >= 0) & is_filled.gather(1, past_places), _real_columns(tokens.layout)), 1)
-            tokens = tokens._replace(past_places=past_places, joined=TokenLayout(torch.cat((past, within), 1), is_real))
+            past_slots = past.clamp(min=0)
+            is_real = torch.cat(((past >= 0) & is_filled.gather(1, past_slots), _real_columns(tokens.metadata)), 1)
+            tokens = tokens._replace(
+                past_slots=past_slots, metadata_with_past=AttentionMetadata(torch.cat((past, within), 1), is_real)
+            )
 
         positions = positions[:, -block_size:]  # no earlier column can stand in the current block
         start = positions[:, -1:] - positions[:, -1:] % block_size  # (batch, 1)
         is_inside = positions >= start.clamp(min=0)
-        if tokens.layout.is_real is not None:
-            is_inside = is_inside & tokens.layout.is_real[:, -block_size:]
-        places = torch.where(is_inside, positions - start, block_size)
-        is_filled.logical_and_(begun == start).scatter_(1, places, is_inside)
+        if tokens.metadata.is_real is not None:
+            is_inside = is_inside & tokens.metadata.is_real[:, -block_size:]
+        slots = torch.where(is_inside, positions - start, block_size)
+        is_filled.logical_and_(begun == start).scatter_(1, slots, is_inside)
         visible = is_filled
-        if tokens.layout.is_real is not None:  # a padding token may see nothing: it gets the last place, not NaN
+        if tokens.metadata.is_real is not None:  # a padding token may see nothing: it gets the last slot, not NaN
             visible = torch.cat((is_filled[:, :-1], ~is_filled.any(1, keepdim=True)), 1)
-        return tokens._replace(places=places, visible=visible[:, None, None, :])
+        return tokens._replace(slots=slots, visible=visible[:, None, None, :])
 
     # Taking tokens back
 
@@ -322,54 +324,58 @@ class TransNormerCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens: goes back to the state before the recorded ones, and builds
-        on that those that stay. The last `RETAINED_TOKENS` of them remain recorded.
+        on that those that stay. The last `RETAINED_TOKENS` of them remain history.
 
-        Raises ValueError for a positive number, RuntimeError where the tokens are not recorded.
+        Raises ValueError for a positive number, RuntimeError where the tokens are not history.
         """
         count = -tokens_to_remove
         if count < 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to take back as a negative number.")
-        recorded = sum(layout.positions.shape[1] for layout in self._recorded)
-        if count > recorded:
+        history = sum(metadata.positions.shape[1] for metadata in self._history)
+        if count > history:
             raise RuntimeError(
                 f"crop({tokens_to_remove}) cannot take back {count} of {self.get_seq_length()} tokens: the last "
-                f"{recorded} are recorded. Call activate_past_recording() before adding tokens that may be taken back."
+                f"{history} are recorded. Call activate_past_recording() before adding tokens that may be taken back."
             )
-        kept = recorded - count
+        kept = history - count
         settled = max(kept - RETAINED_TOKENS, 0)
         if not count and settled < RETAINED_TOKENS:
             return
-        layouts = TokenLayout(
-            torch.cat([layout.positions for layout in self._recorded], 1),
-            torch.cat([_real_columns(layout) for layout in self._recorded], 1),
+        history_metadata = AttentionMetadata(
+            torch.cat([metadata.positions for metadata in self._history], 1),
+            torch.cat([_real_columns(metadata) for metadata in self._history], 1),
         )
-        records = [tuple(torch.cat(parts, 2) for parts in zip(*state.recorded, strict=True)) for state in self.states]
+        records = [tuple(torch.cat(parts, 2) for parts in zip(*state.history, strict=True)) for state in self.states]
         for tensors, base in zip(self._tensors(), self._base, strict=True):
             for name, tensor in tensors.items():
                 tensor.copy_(base[name]) if base else tensor.zero_()
-        self.seen.sub_(recorded)
+        self.seen.sub_(history)
         self._forget()
-        self._replay(layouts, records, slice(settled))
+        self._replay(history_metadata, records, slice(settled))
         if kept:
             self._base = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in self._tensors()]
-            self._replay(layouts, records, slice(settled, kept), are_recorded=True)
+            self._replay(history_metadata, records, slice(settled, kept), is_recorded=True)
 
     def _replay(
-        self, layouts: TokenLayout, records: list[tuple[torch.Tensor, ...]], columns: slice, are_recorded: bool = False
+        self,
+        history_metadata: AttentionMetadata,
+        records: list[tuple[torch.Tensor, ...]],
+        columns: slice,
+        is_recorded: bool = False,
     ) -> None:
-        layout = TokenLayout(layouts.positions[:, columns], layouts.is_real[:, columns])
-        if not layout.positions.shape[1]:
+        metadata = AttentionMetadata(history_metadata.positions[:, columns], history_metadata.is_real[:, columns])
+        if not metadata.positions.shape[1]:
             return
-        if are_recorded:
-            self._recorded.append(layout)
-        tokens = self._count(layout, are_recorded)
+        if is_recorded:
+            self._history.append(metadata)
+        tokens = self._count(metadata, is_recorded)
         for state, (key, value) in zip(self.states, records, strict=True):
             state.append(key[:, :, columns], value[:, :, columns], tokens)
 
     def _forget(self) -> None:
-        self._recorded, self._base = [], []
+        self._history, self._base = [], []
         for state in self.states:
-            state.recorded = []
+            state.history = []
 
     def reset(self) -> None:
         """Back to the beginning; the tensors stay where they are, for a compiled step."""
@@ -396,9 +402,9 @@ class TransNormerCache(Cache):
             for name, tensor in tensors.items():
                 tensors[name] = change(tensor)
         for state in self.states:
-            state.recorded = [(change(key), change(value)) for key, value in state.recorded]
-        self._recorded = [
-            TokenLayout(change(layout.positions), change(_real_columns(layout))) for layout in self._recorded
+            state.history = [(change(key), change(value)) for key, value in state.history]
+        self._history = [
+            AttentionMetadata(change(metadata.positions), change(_real_columns(metadata))) for metadata in self._history
         ]
 
     @property
@@ -473,7 +479,7 @@ class TransNormerCache(Cache):
     def save_pretrained(self, path: str | os.PathLike) -> Path:
         """Writes the state to a .safetensors file, or to a file in a folder. Returns the file.
 
-        What is recorded for `crop` is left out. The file appears under its name when it is whole.
+        What is history for `crop` is left out. The file appears under its name when it is whole.
 
         Raises ValueError for an empty cache.
         """
@@ -562,8 +568,8 @@ def _has_tokens(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.has_previous_state.values())
 
 
-def _real_columns(layout: TokenLayout) -> torch.Tensor:
-    return torch.ones_like(layout.positions, dtype=torch.bool) if layout.is_real is None else layout.is_real
+def _real_columns(metadata: AttentionMetadata) -> torch.Tensor:
+    return torch.ones_like(metadata.positions, dtype=torch.bool) if metadata.is_real is None else metadata.is_real
 
 
 def _state_file(path: str | os.PathLike) -> Path:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .reference_transnormer import (
     LRPE,
-    TokenLayout,
+    AttentionMetadata,
     compute_dtype,
     operator_namespace,
     prepare_query_key,
@@ -77,7 +77,7 @@ def chunked_norm_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     *,
-    layout: TokenLayout,
+    metadata: AttentionMetadata,
     causal: bool,
     feature_map: str,
     lrpe: LRPE | None,
@@ -86,24 +86,24 @@ def chunked_norm_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """NormAttention by chunks: inside a chunk the scores, between chunks the state K^T V."""
     wide = compute_dtype(query.dtype)
-    if query.shape[2] == 1 and layout.cu_seqlens is None:
+    if query.shape[2] == 1 and metadata.cu_seqlens is None:
         # A step of decoding, where calling the operator would take longer than the work.
-        query_states, key_states = prepare_query_key(query.to(wide), key.to(wide), layout, feature_map, lrpe)
-        state = key_states.transpose(-1, -2) * zero_padding(value.to(wide), layout)
+        query_states, key_states = prepare_query_key(query.to(wide), key.to(wide), metadata, feature_map, lrpe)
+        state = key_states.transpose(-1, -2) * zero_padding(value.to(wide), metadata)
         if initial_state is not None:
             state = state + initial_state.to(wide)
         return (query_states @ state).to(value.dtype), state
     angles = householder = None
     if lrpe is not None:
-        angles = rotation_angles(layout.positions, lrpe.theta.to(wide))  # (seq, head_dim / 2) or (batch, ...)
+        angles = rotation_angles(metadata.positions, lrpe.theta.to(wide))  # (seq, head_dim / 2) or (batch, ...)
         angles = angles[None, None] if angles.dim() == 2 else angles[:, None]
         householder = lrpe.householder.to(wide)
     tensors = (query, key, value, angles, householder, initial_state)
     needs_starts = causal and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     options = (causal, feature_map, return_state, needs_starts)
     attend = norm_attention_walk if is_traced(query) else NormAttention.apply
-    output, states, _ = attend(*tensors, layout.is_real, layout.cu_seqlens, *options)
-    return output, states if layout.cu_seqlens is None else states[:-1]
+    output, states, _ = attend(*tensors, metadata.is_real, metadata.cu_seqlens, *options)
+    return output, states if metadata.cu_seqlens is None else states[:-1]
 
 
 def chunked_diag_attention(
@@ -111,7 +111,7 @@ def chunked_diag_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     *,
-    layout: TokenLayout,
+    metadata: AttentionMetadata,
     block_size: int,
     causal: bool,
     activation: str,
@@ -136,9 +136,9 @@ def chunked_diag_attention(
         angles,
         householder,
         kept,
-        layout.positions,
-        layout.is_real,
-        layout.cu_seqlens,
+        metadata.positions,
+        metadata.is_real,
+        metadata.cu_seqlens,
         block_size,
         causal,
         activation,

@@ -24,7 +24,7 @@ from .diag_kernels_transnormer import (
     tile_sizes,
     width_of,
 )
-from .reference_transnormer import LRPE, TokenLayout, apply_lrpe, operator_namespace
+from .reference_transnormer import LRPE, AttentionMetadata, apply_lrpe, operator_namespace
 from .triton_features_transnormer import (
     ELEMENT_TYPES,
     check_inputs,
@@ -43,7 +43,7 @@ def triton_diag_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     *,
-    layout: TokenLayout,
+    metadata: AttentionMetadata,
     block_size: int,
     causal: bool,
     activation: str,
@@ -66,7 +66,7 @@ def triton_diag_attention(
             'Use backend="torch" for others.'
         )
     if lrpe is not None and lrpe.householder.requires_grad and torch.is_grad_enabled():
-        within_block = layout.positions % block_size
+        within_block = metadata.positions % block_size
         query, key = (apply_lrpe(states.float(), within_block, lrpe).to(value.dtype) for states in (query, key))
         lrpe = None
     theta, householder = (None, None) if lrpe is None else lrpe
@@ -79,9 +79,9 @@ def triton_diag_attention(
         value,
         theta,
         householder,
-        layout.positions,
-        layout.is_real,
-        layout.cu_seqlens,
+        metadata.positions,
+        metadata.is_real,
+        metadata.cu_seqlens,
         seed,
         block_size,
         causal,

@@ -43,13 +43,13 @@ from .ops_transnormer import (
 )
 from .reference_transnormer import (
     LRPE,
-    TokenLayout,
+    AttentionMetadata,
     apply_feature_map,
     apply_lrpe,
+    attention_metadata,
     compute_dtype,
     prepare_query_key,
     rotation_table,
-    token_layout,
     zero_padding,
 )
 
@@ -144,7 +144,7 @@ class TransNormerAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        layout: TokenLayout,
+        metadata: AttentionMetadata,
         state: StateView | None = None,
         output_attentions: bool = False,
         query_input: torch.Tensor | None = None,
@@ -156,26 +156,26 @@ class TransNormerAttention(nn.Module):
         """
         shape = hidden_states.shape
         query_input = hidden_states if query_input is None else query_input
-        query = self._split_heads(self.q_proj(query_input), layout)
-        key = self._split_heads(self.k_proj(hidden_states), layout)
-        value = self._split_heads(self.v_proj(hidden_states), layout)
+        query = self._split_heads(self.q_proj(query_input), metadata)
+        key = self._split_heads(self.k_proj(hidden_states), metadata)
+        value = self._split_heads(self.v_proj(hidden_states), metadata)
         lrpe = self.lrpe() if self.lrpe is not None else None
 
         # There is no map of tokens that meet a state: the columns of the tokens in it are gone.
-        has_map = output_attentions and (state is None or state.tokens.are_first)
-        weights = self.attention_map(query, key, layout, lrpe) if has_map else None
+        has_map = output_attentions and (state is None or state.tokens.is_prefill)
+        weights = self.attention_map(query, key, metadata, lrpe) if has_map else None
         if state is not None and state.tokens.is_step:
-            output = self.step(query, key, value, layout, lrpe, state)  # (batch, heads, 1, head_dim)
+            output = self.step(query, key, value, metadata, lrpe, state)  # (batch, heads, 1, head_dim)
         else:
-            output = self.attend(query, key, value, layout, lrpe, state)  # (batch, heads, seq, head_dim)
+            output = self.attend(query, key, value, metadata, lrpe, state)  # (batch, heads, seq, head_dim)
         if weights is not None:  # the output goes by way of the map, so that gradients reach the map
-            output = (weights @ zero_padding(value.to(weights.dtype), layout)).to(value.dtype)
+            output = (weights @ zero_padding(value.to(weights.dtype), metadata)).to(value.dtype)
         output = self.norm(output.transpose(1, 2).reshape(shape)).to(hidden_states.dtype)
         return self.out_proj(output), weights
 
-    def _split_heads(self, states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    def _split_heads(self, states: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         # packed sequences may lie in several rows; the attentions take them in one
-        batch_size = states.shape[0] if layout.cu_seqlens is None else 1
+        batch_size = states.shape[0] if metadata.cu_seqlens is None else 1
         return states.view(batch_size, -1, self.num_heads, self.head_dim).transpose(1, 2)
 
     def attend(
@@ -183,7 +183,7 @@ class TransNormerAttention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        layout: TokenLayout,
+        metadata: AttentionMetadata,
         lrpe: LRPE | None,
         state: StateView | None,
     ) -> torch.Tensor:
@@ -194,7 +194,7 @@ class TransNormerAttention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        layout: TokenLayout,
+        metadata: AttentionMetadata,
         lrpe: LRPE | None,
         state: StateView,
     ) -> torch.Tensor:
@@ -202,7 +202,7 @@ class TransNormerAttention(nn.Module):
         raise NotImplementedError
 
     def attention_map(
-        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, lrpe: LRPE | None
+        self, query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata, lrpe: LRPE | None
     ) -> torch.Tensor | None:
         raise NotImplementedError
 
@@ -214,10 +214,10 @@ class TransNormerNormAttention(TransNormerAttention):
         super().__init__(config, has_norm=True, gain=2**-0.5)
         self.options: dict[str, Any] = {"causal": config.is_causal, "feature_map": config.feature_map}
 
-    def attend(self, query, key, value, layout, lrpe, state):
+    def attend(self, query, key, value, metadata, lrpe, state):
         if value.dtype == torch.float16:  # sums over a long context leave its range before the norm brings them back
             query, key, value = query.float(), key.float(), value.float()
-        past = None if state is None or state.tokens.are_first else state.state.tensors["state"]
+        past = None if state is None or state.tokens.is_prefill else state.state.tensors["state"]
         output, new_state = norm_attention(
             query,
             key,
@@ -227,34 +227,34 @@ class TransNormerNormAttention(TransNormerAttention):
             initial_state=past,
             return_state=state is not None,
             backend=self.config.backend,
-            layout=layout,
+            metadata=metadata,
         )
         if state is not None:
-            if state.tokens.are_recorded:  # the state may have to be built anew from these
+            if state.tokens.is_recorded:  # the state may have to be built anew from these
                 wide = compute_dtype(key.dtype)
-                _, key = prepare_query_key(query.to(wide), key.to(wide), layout, self.config.feature_map, lrpe)
+                _, key = prepare_query_key(query.to(wide), key.to(wide), metadata, self.config.feature_map, lrpe)
             state.state.append(key, value, state.tokens, new_state)
         return output
 
-    def step(self, query, key, value, layout, lrpe, state):
-        is_plain = torch.is_grad_enabled() or state.tokens.are_recorded
+    def step(self, query, key, value, metadata, lrpe, state):
+        is_plain = torch.is_grad_enabled() or state.tokens.is_recorded
         if not is_plain and resolve_backend(self.config.backend, query) == "triton":
             past, feature_map = state.state.tensors["state"], self.config.feature_map
             return triton_norm_attention_step(
-                query, key, value, past, layout=layout, feature_map=feature_map, lrpe=lrpe
+                query, key, value, past, metadata=metadata, feature_map=feature_map, lrpe=lrpe
             )
         query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, 1, head_dim)
         query_key = apply_feature_map(query_key, self.config.feature_map)
         if lrpe is not None:
-            query_key = apply_lrpe(query_key, layout.positions, lrpe)
+            query_key = apply_lrpe(query_key, metadata.positions, lrpe)
         query, key = query_key.chunk(2, 1)
         state.state.append(key, value, state.tokens)
         return state.state.attend(query)
 
-    def attention_map(self, query, key, layout, lrpe):
+    def attention_map(self, query, key, metadata, lrpe):
         if self.config.backend != "eager":  # no other backend ever forms this map
             return None
-        return norm_attention_map(query, key, layout=layout, lrpe=lrpe, **self.options)[0]
+        return norm_attention_map(query, key, metadata=metadata, lrpe=lrpe, **self.options)[0]
 
 
 class TransNormerDiagAttention(TransNormerAttention):
@@ -270,19 +270,21 @@ class TransNormerDiagAttention(TransNormerAttention):
         }
         self.dropout_p = config.attention_probs_dropout_prob
 
-    def attend(self, query, key, value, layout, lrpe, state):
+    def attend(self, query, key, value, metadata, lrpe, state):
         options = self.options | {"dropout_p": self.dropout_p if self.training else 0.0}
         if state is None:
-            return diag_attention(query, key, value, **options, lrpe=lrpe, layout=layout, backend=self.config.backend)
+            return diag_attention(
+                query, key, value, **options, lrpe=lrpe, metadata=metadata, backend=self.config.backend
+            )
 
         # A state holds rotated keys, so that a later query meets them as they are.
         wide = compute_dtype(value.dtype)
         query, key, value = query.to(wide), key.to(wide), value.to(wide)
         if lrpe is not None:
-            within_block = layout.positions % self.config.block_size
+            within_block = metadata.positions % self.config.block_size
             query, key = apply_lrpe(query, within_block, lrpe), apply_lrpe(key, within_block, lrpe)
-        if state.tokens.are_first:
-            output = diag_attention(query, key, value, **options, layout=layout, backend=self.config.backend)
+        if state.tokens.is_prefill:
+            output = diag_attention(query, key, value, **options, metadata=metadata, backend=self.config.backend)
         else:  # the blocks of the new tokens begin with what the state holds
             block_size = self.config.block_size
             past_key, past_value = state.state.past(state.tokens)
@@ -291,22 +293,22 @@ class TransNormerDiagAttention(TransNormerAttention):
                 torch.cat((past_key, key), 2),
                 torch.cat((past_value, value), 2),
                 **options,
-                layout=state.tokens.joined,
+                metadata=state.tokens.metadata_with_past,
                 backend=self.config.backend,
             )[:, :, block_size:]
         state.state.append(key, value, state.tokens)
         return output
 
-    def step(self, query, key, value, layout, lrpe, state):
+    def step(self, query, key, value, metadata, lrpe, state):
         query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, 1, head_dim)
         if lrpe is not None:
-            query_key = apply_lrpe(query_key, layout.positions % self.config.block_size, lrpe)
+            query_key = apply_lrpe(query_key, metadata.positions % self.config.block_size, lrpe)
         query, key = query_key.chunk(2, 1)
         state.state.append(key, value, state.tokens)
         return state.state.attend(query, state.tokens, self.options["activation"], self.options["scale"])
 
-    def attention_map(self, query, key, layout, lrpe):
-        weights = diag_attention_map(query, key, layout=layout, lrpe=lrpe, **self.options)
+    def attention_map(self, query, key, metadata, lrpe):
+        weights = diag_attention_map(query, key, metadata=metadata, lrpe=lrpe, **self.options)
         return nn.functional.dropout(weights, self.dropout_p, self.training)
 
 
@@ -321,7 +323,7 @@ class TransNormerHybridAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        layout: TokenLayout,
+        metadata: AttentionMetadata,
         state: tuple[StateView, StateView] | None = None,
         output_attentions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -329,9 +331,9 @@ class TransNormerHybridAttention(nn.Module):
         diag_state, linear_state = (None, None) if state is None else state
         diag, linear = (self.diag, diag_state), (self.linear, linear_state)
         first, second = (linear, diag) if self.combination == "norm_then_diag" else (diag, linear)
-        output, weights = first[0](hidden_states, layout, first[1], output_attentions)
+        output, weights = first[0](hidden_states, metadata, first[1], output_attentions)
         query_input = None if self.combination == "parallel" else output
-        second_output, second_weights = second[0](hidden_states, layout, second[1], output_attentions, query_input)
+        second_output, second_weights = second[0](hidden_states, metadata, second[1], output_attentions, query_input)
         if self.combination == "parallel":
             second_output = (output + second_output) / 2
         return second_output, weights if weights is not None else second_weights
@@ -377,7 +379,7 @@ class TransNormerLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        layout: TokenLayout,
+        metadata: AttentionMetadata,
         state: StateView | tuple[StateView, StateView] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -385,7 +387,7 @@ class TransNormerLayer(GradientCheckpointingLayer):
         residual = hidden_states
         if self.is_pre_norm:
             hidden_states = self.attention_norm(hidden_states)
-        hidden_states, _ = self.self_attn(hidden_states, layout, state, **kwargs)
+        hidden_states, _ = self.self_attn(hidden_states, metadata, state, **kwargs)
         hidden_states = residual + self.dropout(hidden_states)
         if not self.is_pre_norm:
             hidden_states = self.attention_norm(hidden_states)
@@ -513,14 +515,16 @@ class TransNormerModel(TransNormerPreTrainedModel):
                 )
             past_key_values = adopt_cache(past_key_values, self.config)
 
-        layout = self._layout(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"))
-        is_packed = layout.cu_seqlens is not None
+        metadata = self._metadata(
+            inputs_embeds, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q")
+        )
+        is_packed = metadata.cu_seqlens is not None
         if past_key_values is None and use_cache and self.config.is_causal and not self.training and not is_packed:
             past_key_values = TransNormerCache(self.config)
         states: list[Any] = [None] * len(self.layers)
         if past_key_values is not None:
-            states = past_key_values.receive(layout, batch_size=inputs_embeds.shape[0])
-        positions = layout.positions.view(inputs_embeds.shape[:2]) if is_packed else layout.positions
+            states = past_key_values.receive(metadata, batch_size=inputs_embeds.shape[0])
+        positions = metadata.positions.view(inputs_embeds.shape[:2]) if is_packed else metadata.positions
         if position_ids is not None:
             positions = position_ids
         hidden_states = self.embed_positions(inputs_embeds * self.embed_scale, positions, is_packed)
@@ -528,17 +532,17 @@ class TransNormerModel(TransNormerPreTrainedModel):
 
         kwargs.setdefault("output_attentions", self.config.output_attentions)
         for layer, state in zip(self.layers, states, strict=True):
-            hidden_states = layer(hidden_states, layout=layout, state=state, **kwargs)
+            hidden_states = layer(hidden_states, metadata=metadata, state=state, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _layout(
+    def _metadata(
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: TransNormerCache | None,
         cu_seqlens: torch.Tensor | None,
-    ) -> TokenLayout:
+    ) -> AttentionMetadata:
         """Where the tokens stand, from whichever description of padding or packing was given."""
         batch_size, seq_len, _ = inputs_embeds.shape
         if cache is None and cu_seqlens is None and attention_mask is None and position_ids is not None:
@@ -555,9 +559,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
         if cu_seqlens is not None:
             if cache is not None:
                 raise ValueError("packed sequences cannot fill a past_key_values; pass use_cache=False.")
-            return token_layout(1, batch_size * seq_len, inputs_embeds.device, attention_mask, cu_seqlens)
+            return attention_metadata(1, batch_size * seq_len, inputs_embeds.device, attention_mask, cu_seqlens)
         offset = 0 if cache is None else cache.lengths
-        return token_layout(batch_size, seq_len, inputs_embeds.device, attention_mask, position_offset=offset)
+        return attention_metadata(batch_size, seq_len, inputs_embeds.device, attention_mask, position_offset=offset)
 
 
 def packed_boundaries(position_ids: torch.Tensor) -> torch.Tensor | None:

@@ -30,7 +30,7 @@ from .norm_kernels_transnormer import (
     step_kernel,
     widest_tile,
 )
-from .reference_transnormer import LRPE, TokenLayout, operator_namespace, prepare_query_key
+from .reference_transnormer import LRPE, AttentionMetadata, operator_namespace, prepare_query_key
 from .triton_features_transnormer import (
     ELEMENT_TYPES,
     check_inputs,
@@ -49,7 +49,7 @@ def triton_norm_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     *,
-    layout: TokenLayout,
+    metadata: AttentionMetadata,
     causal: bool,
     feature_map: str,
     lrpe: LRPE | None,
@@ -70,10 +70,10 @@ def triton_norm_attention(
     wide = max(head_dim, value_dim) > width
     if wide or (lrpe is not None and lrpe.householder.requires_grad and torch.is_grad_enabled()):
         dtype = query.dtype
-        query, key = prepare_query_key(query.float(), key.float(), layout, feature_map, lrpe)
+        query, key = prepare_query_key(query.float(), key.float(), metadata, feature_map, lrpe)
         query, key, feature_map, lrpe = query.to(dtype), key.to(dtype), "identity", None
     if not wide:
-        return _norm_attention(query, key, value, layout, causal, feature_map, lrpe, initial_state, return_state)
+        return _norm_attention(query, key, value, metadata, causal, feature_map, lrpe, initial_state, return_state)
 
     outputs, states = [], []
     for columns in _parts(value_dim, width):
@@ -82,7 +82,7 @@ def triton_norm_attention(
                 query[..., rows],
                 key[..., rows],
                 value[..., columns],
-                layout,
+                metadata,
                 causal,
                 feature_map,
                 None,
@@ -105,7 +105,7 @@ def _norm_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    layout: TokenLayout,
+    metadata: AttentionMetadata,
     causal: bool,
     feature_map: str,
     lrpe: LRPE | None,
@@ -113,7 +113,7 @@ def _norm_attention(
     return_state: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     theta, householder = (None, None) if lrpe is None else lrpe
-    packed = layout.cu_seqlens is not None
+    packed = metadata.cu_seqlens is not None
     if packed and initial_state is not None:
         # tokens behind the last packed sequence are a sequence of their own, with a state that nobody sees
         initial_state = F.pad(initial_state, (0, 0, 0, 0, 0, 0, 0, 1))
@@ -121,9 +121,9 @@ def _norm_attention(
         query,
         key,
         value,
-        layout.positions,
-        layout.is_real,
-        layout.cu_seqlens,
+        metadata.positions,
+        metadata.is_real,
+        metadata.cu_seqlens,
         theta,
         householder,
         initial_state,
@@ -416,7 +416,7 @@ def triton_norm_attention_step(
     value: torch.Tensor,
     state: torch.Tensor,
     *,
-    layout: TokenLayout,
+    metadata: AttentionMetadata,
     feature_map: str,
     lrpe: LRPE | None,
 ) -> torch.Tensor:
@@ -428,7 +428,7 @@ def triton_norm_attention_step(
     Raises ValueError for more than one token, and for a state that cannot be changed in place.
     """
     check_inputs(query, key, value)
-    if query.shape[2] != 1 or layout.cu_seqlens is not None:
+    if query.shape[2] != 1 or metadata.cu_seqlens is not None:
         raise ValueError(
             f"query has {query.shape[2]} tokens; a step takes one token per row. Use norm_attention for more."
         )
@@ -440,7 +440,7 @@ def triton_norm_attention_step(
         )
     theta, householder = (None, None) if lrpe is None else lrpe
     return norm_attention_step(
-        query, key, value, state, layout.positions, layout.is_real, theta, householder, feature_map
+        query, key, value, state, metadata.positions, metadata.is_real, theta, householder, feature_map
     )
 
 

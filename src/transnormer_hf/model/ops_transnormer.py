@@ -18,11 +18,11 @@ from .chunked_transnormer import chunked_diag_attention, chunked_norm_attention
 from .reference_transnormer import (
     FEATURE_MAPS,
     LRPE,
-    TokenLayout,
+    AttentionMetadata,
     apply_lrpe,
+    attention_metadata,
     compute_dtype,
     prepare_query_key,
-    token_layout,
     zero_padding,
 )
 
@@ -53,7 +53,7 @@ def norm_attention(
     initial_state: torch.Tensor | None = None,
     return_state: bool = False,
     backend: str = "auto",
-    layout: TokenLayout | None = None,
+    metadata: AttentionMetadata | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """NormAttention before its norm: phi(Q) (phi(K)^T V), without a denominator (Eqs. 13-14 of the paper).
 
@@ -70,7 +70,7 @@ def norm_attention(
             state per sequence in place of the batch.
         return_state: also return the state after the last token, same shape, float32.
         backend: "eager", "torch", "triton" or "auto".
-        layout: positions and padding as `token_layout` gives them, in place of attention_mask and cu_seqlens; made
+        metadata: positions and padding as `attention_metadata` gives them, in place of attention_mask and cu_seqlens; made
             once, it serves every layer of a model, and it can start at an offset (the tokens of `initial_state`).
 
     Returns:
@@ -81,9 +81,9 @@ def norm_attention(
     """
     _check_query_key_value(query, key, value)
     _check_choice("feature_map", feature_map, FEATURE_MAPS)
-    layout = _layout_of(query, attention_mask, cu_seqlens, layout)
+    metadata = _metadata_of(query, attention_mask, cu_seqlens, metadata)
     lrpe = _check_lrpe(lrpe, query)
-    states = query.shape[0] if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1
+    states = query.shape[0] if metadata.cu_seqlens is None else metadata.cu_seqlens.shape[0] - 1
     state_shape = (states, query.shape[1], key.shape[-1], value.shape[-1])
     if initial_state is not None and tuple(initial_state.shape) != state_shape:
         raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}; these inputs need {state_shape}.")
@@ -95,7 +95,7 @@ def norm_attention(
             query,
             key,
             value,
-            layout=layout,
+            metadata=metadata,
             causal=causal,
             feature_map=feature_map,
             lrpe=lrpe,
@@ -110,7 +110,7 @@ def eager_norm_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     *,
-    layout: TokenLayout,
+    metadata: AttentionMetadata,
     causal: bool,
     feature_map: str,
     lrpe: LRPE | None,
@@ -120,18 +120,18 @@ def eager_norm_attention(
     """The definition of NormAttention: a (seq, seq) map of scores times the values."""
     wide = compute_dtype(query.dtype)
     scores, query_states, key_states = norm_attention_map(
-        query, key, layout=layout, causal=causal, feature_map=feature_map, lrpe=lrpe
+        query, key, metadata=metadata, causal=causal, feature_map=feature_map, lrpe=lrpe
     )
-    value_states = zero_padding(value.to(wide), layout)
+    value_states = zero_padding(value.to(wide), metadata)
     output = scores @ value_states  # (batch, heads, seq, head_dim)
 
-    if layout.sequence_ids is None:
+    if metadata.sequence_ids is None:
         state = key_states.transpose(-1, -2) @ value_states  # (batch, heads, head_dim, head_dim)
         if initial_state is not None:
             output = output + query_states @ initial_state.to(wide)
     else:
-        sequences = torch.arange(layout.cu_seqlens.shape[0] - 1, device=query.device)
-        belongs = (layout.sequence_ids == sequences[:, None]).to(wide)[:, None, :, None]  # (sequences, 1, seq, 1)
+        sequences = torch.arange(metadata.cu_seqlens.shape[0] - 1, device=query.device)
+        belongs = (metadata.sequence_ids == sequences[:, None]).to(wide)[:, None, :, None]  # (sequences, 1, seq, 1)
         state = (key_states * belongs).transpose(-1, -2) @ value_states  # (sequences, heads, head_dim, head_dim)
         if initial_state is not None:
             output = output + (belongs * (query_states @ initial_state.to(wide))).sum(0, keepdim=True)
@@ -144,7 +144,7 @@ def norm_attention_map(
     query: torch.Tensor,
     key: torch.Tensor,
     *,
-    layout: TokenLayout,
+    metadata: AttentionMetadata,
     causal: bool,
     feature_map: str,
     lrpe: LRPE | None,
@@ -154,13 +154,13 @@ def norm_attention_map(
     A row is one query. Scores may be negative even for a positive phi, because the rotation comes after it.
     """
     wide = compute_dtype(query.dtype)
-    query_states, key_states = prepare_query_key(query.to(wide), key.to(wide), layout, feature_map, lrpe)
+    query_states, key_states = prepare_query_key(query.to(wide), key.to(wide), metadata, feature_map, lrpe)
     scores = query_states @ key_states.transpose(-1, -2)  # (batch, heads, seq, seq)
     seq_len = query.shape[2]
     if causal:
         scores = scores.masked_fill(_later_keys(seq_len, query.device), 0)
-    if layout.sequence_ids is not None:
-        scores = scores.masked_fill(layout.sequence_ids[:, None] != layout.sequence_ids, 0)
+    if metadata.sequence_ids is not None:
+        scores = scores.masked_fill(metadata.sequence_ids[:, None] != metadata.sequence_ids, 0)
     return scores, query_states, key_states
 
 
@@ -178,7 +178,7 @@ def diag_attention(
     cu_seqlens: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
-    layout: TokenLayout | None = None,
+    metadata: AttentionMetadata | None = None,
 ) -> torch.Tensor:
     """DiagAttention: ordinary attention inside non-overlapping blocks of `block_size` tokens.
 
@@ -192,7 +192,7 @@ def diag_attention(
         activation: "softmax" (T2) or "relu" (T1: relu of the scores, not normalised).
         scale: factor of the scores; None means head_dim ** -0.5.
         lrpe: None, or (theta (head_dim / 2,), householder (head_dim,)); positions restart in every block.
-        attention_mask, cu_seqlens, layout, backend: as in `norm_attention`.
+        attention_mask, cu_seqlens, metadata, backend: as in `norm_attention`.
         dropout_p: probability of dropping an entry of the map.
 
     Returns:
@@ -208,7 +208,7 @@ def diag_attention(
         raise ValueError(f"block_size={block_size}: a block has at least 1 token.")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p={dropout_p} must be a probability, from 0 to 1.")
-    layout = _layout_of(query, attention_mask, cu_seqlens, layout)
+    metadata = _metadata_of(query, attention_mask, cu_seqlens, metadata)
     run = {"eager": eager_diag_attention, "torch": chunked_diag_attention, "triton": triton_diag_attention}[
         resolve_backend(backend, query)
     ]
@@ -217,7 +217,7 @@ def diag_attention(
             query,
             key,
             value,
-            layout=layout,
+            metadata=metadata,
             block_size=block_size,
             causal=causal,
             activation=activation,
@@ -232,7 +232,7 @@ def eager_diag_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     *,
-    layout: TokenLayout,
+    metadata: AttentionMetadata,
     block_size: int,
     causal: bool,
     activation: str,
@@ -244,7 +244,7 @@ def eager_diag_attention(
     weights = diag_attention_map(
         query,
         key,
-        layout=layout,
+        metadata=metadata,
         block_size=block_size,
         causal=causal,
         activation=activation,
@@ -252,7 +252,7 @@ def eager_diag_attention(
         lrpe=lrpe,
     )
     weights = F.dropout(weights, dropout_p)
-    value_states = zero_padding(value.to(weights.dtype), layout)
+    value_states = zero_padding(value.to(weights.dtype), metadata)
     return (weights @ value_states).to(value.dtype)
 
 
@@ -260,7 +260,7 @@ def diag_attention_map(
     query: torch.Tensor,
     key: torch.Tensor,
     *,
-    layout: TokenLayout,
+    metadata: AttentionMetadata,
     block_size: int,
     causal: bool,
     activation: str,
@@ -271,19 +271,19 @@ def diag_attention_map(
     wide = compute_dtype(query.dtype)
     query_states, key_states = query.to(wide) * scale, key.to(wide)
     if lrpe is not None:
-        within_block = layout.positions % block_size
+        within_block = metadata.positions % block_size
         query_states, key_states = (
             apply_lrpe(query_states, within_block, lrpe),
             apply_lrpe(key_states, within_block, lrpe),
         )
     scores = query_states @ key_states.transpose(-1, -2)  # (batch, heads, seq, seq)
 
-    blocks = layout.positions.div(block_size, rounding_mode="floor")  # (seq,) or (batch, seq)
+    blocks = metadata.positions.div(block_size, rounding_mode="floor")  # (seq,) or (batch, seq)
     hidden = blocks[..., :, None] != blocks[..., None, :]
-    if layout.sequence_ids is not None:
-        hidden = hidden | (layout.sequence_ids[:, None] != layout.sequence_ids)
-    if layout.is_real is not None:
-        hidden = hidden | ~layout.is_real[:, None, :]
+    if metadata.sequence_ids is not None:
+        hidden = hidden | (metadata.sequence_ids[:, None] != metadata.sequence_ids)
+    if metadata.is_real is not None:
+        hidden = hidden | ~metadata.is_real[:, None, :]
     if causal:
         hidden = hidden | _later_keys(query.shape[2], query.device)
     if hidden.dim() == 3:
@@ -330,17 +330,17 @@ def _without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def _layout_of(
+def _metadata_of(
     query: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    layout: TokenLayout | None,
-) -> TokenLayout:
-    if layout is None:
-        return token_layout(query.shape[0], query.shape[2], query.device, attention_mask, cu_seqlens)
+    metadata: AttentionMetadata | None,
+) -> AttentionMetadata:
+    if metadata is None:
+        return attention_metadata(query.shape[0], query.shape[2], query.device, attention_mask, cu_seqlens)
     if attention_mask is not None or cu_seqlens is not None:
-        raise ValueError("layout was given together with attention_mask or cu_seqlens, which it replaces; give one.")
-    return layout
+        raise ValueError("metadata was given together with attention_mask or cu_seqlens, which it replaces; give one.")
+    return metadata
 
 
 def _later_keys(seq_len: int, device: torch.device) -> torch.Tensor:

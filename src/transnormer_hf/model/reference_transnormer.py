@@ -88,7 +88,7 @@ def apply_lrpe(hidden_states: torch.Tensor, positions: torch.Tensor, lrpe: LRPE)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-class TokenLayout(NamedTuple):
+class AttentionMetadata(NamedTuple):
     """Where the tokens of a batch stand. A model makes it once per forward, for all of its layers.
 
     positions: (seq,) or (batch, seq) integers, counted from each sequence's first real token. A padding token in
@@ -104,14 +104,14 @@ class TokenLayout(NamedTuple):
     cu_seqlens: torch.Tensor | None = None
 
 
-def token_layout(
+def attention_metadata(
     batch_size: int,
     seq_len: int,
     device: torch.device,
     attention_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     position_offset: int | torch.Tensor = 0,
-) -> TokenLayout:
+) -> AttentionMetadata:
     """Positions, sequences and padding of a batch, worked out on the device without looking at a value from the host.
 
     attention_mask: (batch, seq), 1 for real tokens. A zero in front of the first real token of a row moves the row's
@@ -136,13 +136,13 @@ def token_layout(
         if isinstance(position_offset, torch.Tensor) and position_offset.dim() == 1:
             # Columns past the last boundary form a sequence of their own, which no offset belongs to.
             position_offset = F.pad(position_offset, (0, 1))[sequence_ids]
-        return TokenLayout(positions + position_offset, None, sequence_ids, cu_seqlens)
+        return AttentionMetadata(positions + position_offset, None, sequence_ids, cu_seqlens)
 
     offset = position_offset
     if isinstance(offset, torch.Tensor) and offset.dim() == 1:
         offset = offset[:, None]
     if attention_mask is None:
-        return TokenLayout(columns + offset)
+        return AttentionMetadata(columns + offset)
     if attention_mask.shape != (batch_size, seq_len):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; supported is (batch, seq) = "
@@ -152,7 +152,7 @@ def token_layout(
     is_real = attention_mask.bool()
     leading = count_leading_padding(is_real)[:, None]  # (batch, 1)
     leading = leading * (torch.as_tensor(offset, device=device) == 0)
-    return TokenLayout(columns - leading + offset, is_real)
+    return AttentionMetadata(columns - leading + offset, is_real)
 
 
 def count_leading_padding(is_real: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ def count_leading_padding(is_real: torch.Tensor) -> torch.Tensor:
 
 
 def prepare_query_key(
-    query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, feature_map: str, lrpe: LRPE | None
+    query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata, feature_map: str, lrpe: LRPE | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """phi, then LRPE, then the mask: the query and key of NormAttention, (batch, heads, seq, head_dim) each.
 
@@ -169,12 +169,12 @@ def prepare_query_key(
     """
     query, key = apply_feature_map(query, feature_map), apply_feature_map(key, feature_map)
     if lrpe is not None:
-        query, key = apply_lrpe(query, layout.positions, lrpe), apply_lrpe(key, layout.positions, lrpe)
-    return query, zero_padding(key, layout)
+        query, key = apply_lrpe(query, metadata.positions, lrpe), apply_lrpe(key, metadata.positions, lrpe)
+    return query, zero_padding(key, metadata)
 
 
-def zero_padding(hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+def zero_padding(hidden_states: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
     """Zeros in place of padding tokens; (batch, heads, seq, head_dim) to the same."""
-    if layout.is_real is None:
+    if metadata.is_real is None:
         return hidden_states
-    return hidden_states.masked_fill(~layout.is_real[:, None, :, None], 0)
+    return hidden_states.masked_fill(~metadata.is_real[:, None, :, None], 0)

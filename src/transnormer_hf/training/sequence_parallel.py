@@ -23,7 +23,7 @@ from ..model.modeling_transnormer import (
     TransNormerPreTrainedModel,
 )
 from ..model.ops_transnormer import norm_attention
-from ..model.reference_transnormer import LRPE, TokenLayout, token_layout
+from ..model.reference_transnormer import LRPE, AttentionMetadata, attention_metadata
 
 # The heads that work token by token; the others pool over a whole sequence.
 HEADS = (TransNormerModel, TransNormerForCausalLM, TransNormerForMaskedLM, TransNormerForTokenClassification)
@@ -39,7 +39,7 @@ def sequence_parallel_norm_attention(
     lrpe: LRPE | tuple[torch.Tensor, torch.Tensor] | None = None,
     attention_mask: torch.Tensor | None = None,
     backend: str = "auto",
-    layout: TokenLayout | None = None,
+    metadata: AttentionMetadata | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """`norm_attention` of a sequence that is split over the ranks of `group`.
@@ -53,23 +53,23 @@ def sequence_parallel_norm_attention(
         causal, feature_map, lrpe, backend: as in `norm_attention`, the same on every rank. The gradients of `lrpe` are
             those of this slice; their sum over the ranks is that of the sequence.
         attention_mask: (batch, seq), this rank's slice of it.
-        layout: what `sequence_parallel_layout` gives, in place of attention_mask; one serves all layers of a model.
+        metadata: what `sequence_parallel_metadata` gives, in place of attention_mask; one serves all layers of a model.
         group: the ranks that share the sequences; None for all.
 
     Returns:
         This rank's slice of the output, shape and dtype of `value`.
 
     Raises:
-        ValueError: as `norm_attention`, and for packed sequences, a mask beside a layout, or no process group.
+        ValueError: as `norm_attention`, and for packed sequences, a mask beside a metadata, or no process group.
     """
-    if layout is None:
+    if metadata is None:
         batch_size, _, seq_len, _ = query.shape
-        layout = sequence_parallel_layout(batch_size, seq_len, query.device, attention_mask, group=group)
+        metadata = sequence_parallel_metadata(batch_size, seq_len, query.device, attention_mask, group=group)
     elif attention_mask is not None:
-        raise ValueError("layout was given together with attention_mask, which it replaces; give one.")
-    if layout.cu_seqlens is not None:
-        raise ValueError("layout has cu_seqlens; packed sequences cannot be split over ranks, pad them instead.")
-    options: dict[str, Any] = {"feature_map": feature_map, "lrpe": lrpe, "backend": backend, "layout": layout}
+        raise ValueError("metadata was given together with attention_mask, which it replaces; give one.")
+    if metadata.cu_seqlens is not None:
+        raise ValueError("metadata has cu_seqlens; packed sequences cannot be split over ranks, pad them instead.")
+    options: dict[str, Any] = {"feature_map": feature_map, "lrpe": lrpe, "backend": backend, "metadata": metadata}
     # The state does not depend on the query, and autograd knows.
     _, state = norm_attention(key.detach(), key, value, causal=False, return_state=True, **options)
     others = ExchangeStates.apply(state, causal, group)  # (batch, heads, head_dim, head_dim)
@@ -119,7 +119,7 @@ def gather(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tenso
     return everyone
 
 
-def sequence_parallel_layout(
+def sequence_parallel_metadata(
     batch_size: int,
     seq_len: int,
     device: torch.device,
@@ -128,8 +128,8 @@ def sequence_parallel_layout(
     block_size: int | None = None,
     max_length: int | None = None,
     group: dist.ProcessGroup | None = None,
-) -> TokenLayout:
-    """`token_layout` of this rank's slice, with positions counted from where its sequences begin on an earlier rank.
+) -> AttentionMetadata:
+    """`attention_metadata` of this rank's slice, with positions counted from where its sequences begin on an earlier rank.
 
     The ranks exchange their lengths, and the host looks at them: once per forward of a model.
 
@@ -145,7 +145,7 @@ def sequence_parallel_layout(
     """
     leading = torch.zeros(batch_size, dtype=torch.long, device=device)
     if attention_mask is not None:
-        positions = token_layout(batch_size, seq_len, device, attention_mask).positions  # (batch, seq)
+        positions = attention_metadata(batch_size, seq_len, device, attention_mask).positions  # (batch, seq)
         leading = -positions[:, 0]
     mine = torch.stack((torch.full_like(leading, seq_len), seq_len - leading, leading * 0 + (attention_mask is None)))
     lengths, behind_padding, without_mask = gather(mine, group).cpu().unbind(1)  # (ranks, batch) each
@@ -168,8 +168,8 @@ def sequence_parallel_layout(
         )
     start = starts[dist.get_rank(group)]
     if without_mask.all():
-        return token_layout(batch_size, seq_len, device, position_offset=int(start[0]))
-    return token_layout(batch_size, seq_len, device, attention_mask, position_offset=start.to(device))
+        return attention_metadata(batch_size, seq_len, device, position_offset=int(start[0]))
+    return attention_metadata(batch_size, seq_len, device, attention_mask, position_offset=start.to(device))
 
 
 def make_sequence_parallel(
@@ -196,18 +196,18 @@ def make_sequence_parallel(
         )
     for module in model.modules():
         if isinstance(module, TransNormerModel):
-            module._layout = partial(_slice_layout, module, group)  # type: ignore[method-assign]
+            module._metadata = partial(_slice_metadata, module, group)  # type: ignore[method-assign]
         elif isinstance(module, TransNormerNormAttention):
             module.attend = partial(_attend, module, group)  # type: ignore[method-assign]
     return model
 
 
-def _slice_layout(model, group, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens):
+def _slice_metadata(model, group, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens):
     for name, value in {"past_key_values": cache, "cu_seq_lens_q": cu_seqlens, "position_ids": position_ids}.items():
         if value is not None:
             raise ValueError(f"{name} was given to a sequence-parallel model, which takes slices without it.")
     config, (batch_size, seq_len, _) = model.config, inputs_embeds.shape
-    return sequence_parallel_layout(
+    return sequence_parallel_metadata(
         batch_size,
         seq_len,
         inputs_embeds.device,
@@ -218,11 +218,18 @@ def _slice_layout(model, group, inputs_embeds, attention_mask, position_ids, cac
     )
 
 
-def _attend(attention, group, query, key, value, layout, lrpe, state):
+def _attend(attention, group, query, key, value, metadata, lrpe, state):
     if state is not None:
         raise ValueError("a sequence-parallel model keeps no past_key_values; pass use_cache=False.")
     if value.dtype == torch.float16:  # as in one process: the norm brings the sums back into its range
         query, key, value = query.float(), key.float(), value.float()
     return sequence_parallel_norm_attention(
-        query, key, value, **attention.options, lrpe=lrpe, layout=layout, backend=attention.config.backend, group=group
+        query,
+        key,
+        value,
+        **attention.options,
+        lrpe=lrpe,
+        metadata=metadata,
+        backend=attention.config.backend,
+        group=group,
     )

@@ -14,9 +14,9 @@ class CosformerMixer(FeatureMixer):
     """M is the length of the sequence where both sides are seen. A causal token does not know that length: there M is
     `max_position_embeddings`, and longer inputs raise."""
 
-    def features(self, query, key, layout, causal):
+    def features(self, query, key, metadata, causal):
         seq_len = query.shape[2]
-        positions = layout.positions  # (seq,) or (batch, seq)
+        positions = metadata.positions  # (seq,) or (batch, seq)
         if causal:
             length = self.config.max_position_embeddings
             if seq_len > length:
@@ -25,10 +25,10 @@ class CosformerMixer(FeatureMixer):
                     "cosFormer weighs distances; raise max_position_embeddings or truncate the input."
                 )
             lengths = torch.full((1,), length, device=query.device)
-        elif layout.is_real is None:
+        elif metadata.is_real is None:
             lengths = torch.full((1,), seq_len, device=query.device)
         else:
-            lengths = positions.masked_fill(~layout.is_real, 0).amax(-1, keepdim=True) + 1  # (batch, 1)
+            lengths = positions.masked_fill(~metadata.is_real, 0).amax(-1, keepdim=True) + 1  # (batch, 1)
         angles = (torch.pi / 2 * positions / lengths).to(query.dtype)
         if angles.dim() == 2:
             angles = angles[:, None]  # (batch, 1, seq)

@@ -6,5 +6,5 @@ from .mixer import FeatureMixer, register_mixer
 
 @register_mixer("1+elu")
 class EluMixer(FeatureMixer):
-    def features(self, query, key, layout, causal):
+    def features(self, query, key, metadata, causal):
         return apply_feature_map(query, "1+elu"), apply_feature_map(key, "1+elu")

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...model.configuration_transnormer import TransNormerConfig
 from ...model.ops_transnormer import diag_attention, diag_attention_map
-from ...model.reference_transnormer import TokenLayout
+from ...model.reference_transnormer import AttentionMetadata
 from .mixer import ExponentialMixer, Mixer, register_mixer
 
 # a and b of the authors' code; they hold for their head dim, 64, only.
@@ -55,10 +55,10 @@ class LogNormalMixer(ExponentialMixer):
     token has those of its row up to itself, alpha_i for its query and beta_i for its key.
     """
 
-    def exponents(self, query, key, layout, causal):
+    def exponents(self, query, key, metadata, causal):
         with torch.no_grad():
             spread = running_std if causal else batch_std
-            query_std, key_std = spread(query, layout), spread(key, layout)
+            query_std, key_std = spread(query, metadata), spread(key, metadata)
             a, b = moment_matching_constants(query.shape[-1])
             # b is negative, so this is positive; at a head dim of 1 it is 0, but for an error of rounding
             matched = ((query_std * key_std).square() - b).clamp(min=0).div(2 * a).sqrt()
@@ -68,24 +68,24 @@ class LogNormalMixer(ExponentialMixer):
         return query * alpha, key * beta
 
 
-def batch_std(states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+def batch_std(states: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
     """The standard deviation (unbiased) of all numbers of real tokens, a scalar."""
-    if layout.is_real is None:
+    if metadata.is_real is None:
         return states.std()
-    is_real = layout.is_real[:, None, :, None].to(states.dtype)
+    is_real = metadata.is_real[:, None, :, None].to(states.dtype)
     count = is_real.sum() * states.shape[1] * states.shape[3]
     mean = (states * is_real).sum() / count.clamp(min=1)
     return (((states - mean) * is_real).square().sum() / (count - 1).clamp(min=1)).sqrt()
 
 
-def running_std(states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+def running_std(states: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
     """The standard deviation (unbiased) of a row's real tokens up to each one: (batch, 1, seq, 1).
 
     Sums of squares about each token's own mean, then those means about their common one, so that no large numbers are
     taken from each other.
     """
     per_token = states.shape[1] * states.shape[3]
-    is_real = torch.ones_like(states[:, 0, :, 0]) if layout.is_real is None else layout.is_real.to(states.dtype)
+    is_real = torch.ones_like(states[:, 0, :, 0]) if metadata.is_real is None else metadata.is_real.to(states.dtype)
     means = states.mean((1, 3)) * is_real  # (batch, seq)
     within = ((states - means[:, None, :, None]).square().sum((1, 3)) * is_real).cumsum(-1)
     tokens = is_real.cumsum(-1)
@@ -112,25 +112,25 @@ class LogNormalDiagMixer(Mixer):
         self.ratio = nn.Parameter(torch.full(shape, 0.5)) if mode != "average" else None
         self.scale = nn.Parameter(torch.full(shape, 0.5)) if mode == "learnable_scale" else None
 
-    def forward(self, query, key, value, layout, causal):
-        linear = self.log_normal(query, key, value, layout, causal)
-        diag = diag_attention(query, key, value, block_size=query.shape[-1], causal=causal, layout=layout)
+    def forward(self, query, key, value, metadata, causal):
+        linear = self.log_normal(query, key, value, metadata, causal)
+        diag = diag_attention(query, key, value, block_size=query.shape[-1], causal=causal, metadata=metadata)
         if self.ratio is None:
             return (linear + diag) / 2
         other = 1 - self.ratio if self.scale is None else self.scale
         return self.ratio * linear + other * diag
 
-    def attention_map(self, query, key, layout, causal):
+    def attention_map(self, query, key, metadata, causal):
         if self.ratio is not None:  # each channel has a map of its own
             return None
         diag = diag_attention_map(
             query,
             key,
-            layout=layout,
+            metadata=metadata,
             block_size=query.shape[-1],
             causal=causal,
             activation="softmax",
             scale=query.shape[-1] ** -0.5,
             lrpe=None,
         )
-        return (self.log_normal.attention_map(query, key, layout, causal) + diag) / 2
+        return (self.log_normal.attention_map(query, key, metadata, causal) + diag) / 2

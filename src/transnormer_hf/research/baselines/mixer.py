@@ -1,6 +1,6 @@
 """What a token mixer is, the registry of their names, and linear attention with a denominator.
 
-Shapes are (batch, heads, seq, head_dim) throughout. A mixer computes in float32 at least; `layout` says which tokens
+Shapes are (batch, heads, seq, head_dim) throughout. A mixer computes in float32 at least; `metadata` says which tokens
 are real. Outputs at padding are finite and otherwise undefined.
 """
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from ...model.configuration_transnormer import TransNormerConfig
 from ...model.ops_transnormer import norm_attention
-from ...model.reference_transnormer import TokenLayout, zero_padding
+from ...model.reference_transnormer import AttentionMetadata, zero_padding
 
 MIXERS: dict[str, type["Mixer"]] = {}
 MixerClass = TypeVar("MixerClass", bound="type[Mixer]")
@@ -42,12 +42,12 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout, causal: bool
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, metadata: AttentionMetadata, causal: bool
     ) -> torch.Tensor:
         """The output, of the shape and dtype of the inputs: (batch, heads, seq, head_dim)."""
 
     def attention_map(
-        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, causal: bool
+        self, query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata, causal: bool
     ) -> torch.Tensor | None:
         """The definition as a map (batch, heads, seq, seq) to multiply the values with; None where there is none."""
         return None
@@ -61,15 +61,15 @@ class FeatureMixer(Mixer):
 
     @abstractmethod
     def features(
-        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, causal: bool
+        self, query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """phi(Q) and phi(K), (batch, heads, seq, features) each, not negative in their products."""
 
-    def forward(self, query, key, value, layout, causal):
-        return scaled_linear_attention(*self.features(query, key, layout, causal), value, layout, causal)
+    def forward(self, query, key, value, metadata, causal):
+        return scaled_linear_attention(*self.features(query, key, metadata, causal), value, metadata, causal)
 
-    def attention_map(self, query, key, layout, causal):
-        return scaled_linear_map(*self.features(query, key, layout, causal), layout, causal)
+    def attention_map(self, query, key, metadata, causal):
+        return scaled_linear_map(*self.features(query, key, metadata, causal), metadata, causal)
 
 
 class ExponentialMixer(Mixer):
@@ -83,59 +83,63 @@ class ExponentialMixer(Mixer):
 
     @abstractmethod
     def exponents(
-        self, query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, causal: bool
+        self, query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """log phi(Q) and log phi(K), (batch, heads, seq, features) each."""
 
-    def forward(self, query, key, value, layout, causal):
-        query, key = self.exponents(query, key, layout, causal)
+    def forward(self, query, key, value, metadata, causal):
+        query, key = self.exponents(query, key, metadata, causal)
         if causal:
-            return causal_exponential_attention(query, key, value, layout)
-        return scaled_linear_attention(*_guarded_features(query, key, layout), value, layout, causal=False)
+            return causal_exponential_attention(query, key, value, metadata)
+        return scaled_linear_attention(*_guarded_features(query, key, metadata), value, metadata, causal=False)
 
-    def attention_map(self, query, key, layout, causal):
-        query, key = self.exponents(query, key, layout, causal)
+    def attention_map(self, query, key, metadata, causal):
+        query, key = self.exponents(query, key, metadata, causal)
         if not causal:
-            return scaled_linear_map(*_guarded_features(query, key, layout), layout, causal=False)
-        query, key, largest = _running_features(query, key, layout)
+            return scaled_linear_map(*_guarded_features(query, key, metadata), metadata, causal=False)
+        query, key, largest = _running_features(query, key, metadata)
         scores = query @ key.mT * _decay(largest)
         return _divide(scores, scores.sum(-1, keepdim=True))
 
 
-def _guarded_features(query: torch.Tensor, key: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:
+def _guarded_features(
+    query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata
+) -> tuple[torch.Tensor, torch.Tensor]:
     lowest = torch.finfo(key.dtype).min / 4
-    if layout.is_real is not None:
-        key = key.masked_fill(~layout.is_real[:, None, :, None], lowest)
+    if metadata.is_real is not None:
+        key = key.masked_fill(~metadata.is_real[:, None, :, None], lowest)
     largest_key = key.amax(2, keepdim=True).detach().clamp(min=lowest / 2)  # (batch, heads, 1, features)
     query = query + largest_key
     return (query - query.amax(-1, keepdim=True).detach()).exp(), (key - largest_key).exp()
 
 
 def scaled_linear_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout, causal: bool
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, metadata: AttentionMetadata, causal: bool
 ) -> torch.Tensor:
     """Linear attention of features that phi has been applied to, divided by the sum of each query's scores.
 
     query, key: (batch, heads, seq, features); value and the output: (batch, heads, seq, head_dim).
     """
-    key = zero_padding(key, layout)
+    key = zero_padding(key, metadata)
     if not causal:
-        return _divide(query @ (key.mT @ zero_padding(value, layout)), query @ key.sum(2).unsqueeze(-1))
+        return _divide(query @ (key.mT @ zero_padding(value, metadata)), query @ key.sum(2).unsqueeze(-1))
     # the kernels are made for head dims, and features may be many
-    summed, _ = norm_attention(query, key, value, causal=True, layout=layout, backend="torch")
+    summed, _ = norm_attention(query, key, value, causal=True, metadata=metadata, backend="torch")
     return _divide(summed, (query * key.cumsum(2)).sum(-1, keepdim=True))
 
 
-def scaled_linear_map(query: torch.Tensor, key: torch.Tensor, layout: TokenLayout, causal: bool) -> torch.Tensor:
+def scaled_linear_map(
+    query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata, causal: bool
+) -> torch.Tensor:
     """The map of `scaled_linear_attention`, (batch, heads, seq, seq); rows of real tokens sum to 1."""
-    scores = query @ zero_padding(key, layout).mT
+    scores = query @ zero_padding(key, metadata).mT
     if causal:
         scores = scores.tril()
     return _divide(scores, scores.sum(-1, keepdim=True))
 
 
 def causal_exponential_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: TokenLayout
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, metadata: AttentionMetadata
 ) -> torch.Tensor:
     """Causal linear attention with features exp(query) and exp(key), chunk by chunk.
 
@@ -145,7 +149,7 @@ def causal_exponential_attention(
 
     query, key: exponents (batch, heads, seq, features); value and the output: (batch, heads, seq, head_dim).
     """
-    query_features, key_features, largest = _running_features(query, key, layout)
+    query_features, key_features, largest = _running_features(query, key, metadata)
     with_ones = F.pad(value, (0, 1), value=1.0)
 
     state, state_largest = with_ones.new_zeros(*key.shape[:2], key.shape[-1], with_ones.shape[-1]), largest[..., :1]
@@ -165,12 +169,12 @@ def causal_exponential_attention(
 
 
 def _running_features(
-    query: torch.Tensor, key: torch.Tensor, layout: TokenLayout
+    query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Features of exponents, 1 at most, and m, the largest exponent of the keys so far: (batch, heads, seq)."""
     lowest = torch.finfo(key.dtype).min / 4
-    if layout.is_real is not None:
-        key = key.masked_fill(~layout.is_real[:, None, :, None], lowest)
+    if metadata.is_real is not None:
+        key = key.masked_fill(~metadata.is_real[:, None, :, None], lowest)
     largest = key.detach().amax(-1).cummax(-1).values.clamp(min=lowest / 2)
     return (query - query.detach().amax(-1, keepdim=True)).exp(), (key - largest[..., None]).exp(), largest
 
@@ -181,13 +185,13 @@ def _decay(largest: torch.Tensor) -> torch.Tensor:
     return (largest[..., None, :] - largest[..., :, None]).clamp(max=0).exp().tril()
 
 
-def visible_keys(layout: TokenLayout, seq_len: int, causal: bool, device: torch.device) -> torch.Tensor | None:
+def visible_keys(metadata: AttentionMetadata, seq_len: int, causal: bool, device: torch.device) -> torch.Tensor | None:
     """True where a query may see a key: (seq, seq) or (batch, 1, seq, seq); None where all see all."""
     visible = None
     if causal:
         visible = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
-    if layout.is_real is not None:
-        real_keys = layout.is_real[:, None, None, :]  # (batch, 1, 1, seq)
+    if metadata.is_real is not None:
+        real_keys = metadata.is_real[:, None, None, :]  # (batch, 1, 1, seq)
         visible = real_keys.expand(-1, -1, seq_len, -1) if visible is None else visible & real_keys
     return visible
 

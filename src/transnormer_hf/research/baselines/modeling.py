@@ -35,7 +35,7 @@ from ...model.modeling_transnormer import (
     TransNormerModel,
 )
 from ...model.ops_transnormer import _without_autocast
-from ...model.reference_transnormer import TokenLayout, compute_dtype, token_layout, zero_padding
+from ...model.reference_transnormer import AttentionMetadata, attention_metadata, compute_dtype, zero_padding
 from .mixer import MIXERS
 
 
@@ -120,49 +120,49 @@ class MixerAttention(TransNormerAttention):
         self.name = name
         self.mixer = MIXERS[name](config, **(config.mixer_options or {}).get(name, {}))
 
-    def attend(self, query, key, value, layout, lrpe, state):
-        weights = self.attention_map(query, key, layout, lrpe) if self.config.backend == "eager" else None
+    def attend(self, query, key, value, metadata, lrpe, state):
+        weights = self.attention_map(query, key, metadata, lrpe) if self.config.backend == "eager" else None
         if weights is not None:
-            return (weights @ zero_padding(value.to(weights.dtype), layout)).to(value.dtype)
+            return (weights @ zero_padding(value.to(weights.dtype), metadata)).to(value.dtype)
         wide = value.dtype if self.mixer.takes_half_precision else compute_dtype(value.dtype)
-        rows = _one_sequence_per_row(layout)
-        query, key, value_states = (_unpack(states.to(wide), layout, rows) for states in (query, key, value))
+        rows = _one_sequence_per_row(metadata)
+        query, key, value_states = (_unpack(states.to(wide), metadata, rows) for states in (query, key, value))
         with _without_autocast(query.device):
             output = self.mixer(query, key, value_states, rows, self.config.is_causal)
-        if rows is not layout:  # (sequences, heads, longest, head_dim) to (1, heads, seq, head_dim)
-            output = output[layout.sequence_ids, :, layout.positions].transpose(0, 1)[None]
+        if rows is not metadata:  # (sequences, heads, longest, head_dim) to (1, heads, seq, head_dim)
+            output = output[metadata.sequence_ids, :, metadata.positions].transpose(0, 1)[None]
         return output.to(value.dtype)
 
-    def attention_map(self, query, key, layout, lrpe):
+    def attention_map(self, query, key, metadata, lrpe):
         wide = compute_dtype(query.dtype)
-        rows = _one_sequence_per_row(layout)
-        query, key = (_unpack(states.to(wide), layout, rows) for states in (query, key))
+        rows = _one_sequence_per_row(metadata)
+        query, key = (_unpack(states.to(wide), metadata, rows) for states in (query, key))
         with _without_autocast(query.device):
             weights = self.mixer.attention_map(query, key, rows, self.config.is_causal)
-        if weights is None or rows is layout:
+        if weights is None or rows is metadata:
             return weights
-        sequence, position = layout.sequence_ids, layout.positions  # (seq,)
+        sequence, position = metadata.sequence_ids, metadata.positions  # (seq,)
         weights = weights[sequence[:, None], :, position[:, None], position]  # (seq, seq, heads)
         is_other = sequence[:, None] != sequence
         return weights.masked_fill(is_other[..., None], 0).permute(2, 0, 1)[None]
 
 
-def _one_sequence_per_row(layout: TokenLayout) -> TokenLayout:
+def _one_sequence_per_row(metadata: AttentionMetadata) -> AttentionMetadata:
     """Packed sequences as a padded batch, (sequences, longest), so that no mixer has to know of them."""
-    if layout.cu_seqlens is None:
-        return layout
-    sequences, longest = len(layout.cu_seqlens), int(layout.positions.max()) + 1
-    is_real = layout.positions.new_zeros(sequences, longest)
-    is_real[layout.sequence_ids, layout.positions] = 1
-    return token_layout(sequences, longest, is_real.device, is_real)
+    if metadata.cu_seqlens is None:
+        return metadata
+    sequences, longest = len(metadata.cu_seqlens), int(metadata.positions.max()) + 1
+    is_real = metadata.positions.new_zeros(sequences, longest)
+    is_real[metadata.sequence_ids, metadata.positions] = 1
+    return attention_metadata(sequences, longest, is_real.device, is_real)
 
 
-def _unpack(states: torch.Tensor, layout: TokenLayout, rows: TokenLayout) -> torch.Tensor:
+def _unpack(states: torch.Tensor, metadata: AttentionMetadata, rows: AttentionMetadata) -> torch.Tensor:
     """(1, heads, seq, head_dim) to (sequences, heads, longest, head_dim), zeros where a sequence is shorter."""
-    if rows is layout:
+    if rows is metadata:
         return states
     unpacked = states.new_zeros(rows.is_real.shape[0], states.shape[1], rows.is_real.shape[1], states.shape[3])
-    unpacked[layout.sequence_ids, :, layout.positions] = states[0].transpose(0, 1)
+    unpacked[metadata.sequence_ids, :, metadata.positions] = states[0].transpose(0, 1)
     return unpacked
 
 

@@ -28,7 +28,7 @@ class PerformerMixer(ExponentialMixer):
             raise ValueError(f"num_features={num_features}: the estimate needs at least 1 direction.")
         self.num_features, self.seed = num_features, seed
 
-    def exponents(self, query, key, layout, causal):
+    def exponents(self, query, key, metadata, causal):
         directions = favor_directions(query.shape[-1], self.num_features, self.seed).to(query)
 
         def project(states: torch.Tensor) -> torch.Tensor:

@@ -12,18 +12,18 @@ class SoftmaxMixer(Mixer):
 
     takes_half_precision = True
 
-    def forward(self, query, key, value, layout, causal):
+    def forward(self, query, key, value, metadata, causal):
         dropout_p = self.config.attention_probs_dropout_prob if self.training else 0.0
-        visible = None if layout.is_real is None else visible_keys(layout, query.shape[2], causal, query.device)
+        visible = None if metadata.is_real is None else visible_keys(metadata, query.shape[2], causal, query.device)
         if visible is not None:
             visible = visible | ~visible.any(-1, keepdim=True)  # a softmax over no key at all is not a number
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, dropout_p=dropout_p, is_causal=causal and visible is None
         )
 
-    def attention_map(self, query, key, layout, causal):
+    def attention_map(self, query, key, metadata, causal):
         scores = query @ key.mT * query.shape[-1] ** -0.5
-        visible = visible_keys(layout, query.shape[2], causal, query.device)
+        visible = visible_keys(metadata, query.shape[2], causal, query.device)
         if visible is not None:
             scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...model.configuration_transnormer import TransNormerConfig
-from ...model.reference_transnormer import token_layout
+from ...model.reference_transnormer import attention_metadata
 from ..baselines import MIXERS
 from .maps import row_entropy, spectral_gap
 
@@ -27,12 +27,12 @@ def compare_concentration(
     input_scales: Sequence[float], tokens: int, head_dim: int, generator: torch.Generator
 ) -> list[dict[str, float | dict[str, float]]]:
     """For each standard deviation of queries and keys, the "entropy" (bits) and spectral "gap" of both maps."""
-    layout = token_layout(1, tokens, torch.device("cpu"))
+    metadata = attention_metadata(1, tokens, torch.device("cpu"))
     query, key = (torch.randn(1, 1, tokens, head_dim, generator=generator) for _ in range(2))
     rows: list[dict[str, float | dict[str, float]]] = []
     for scale in input_scales:
         maps = {
-            name: _mixer(name, head_dim).attention_map(scale * query, scale * key, layout, False) for name in COMPARED
+            name: _mixer(name, head_dim).attention_map(scale * query, scale * key, metadata, False) for name in COMPARED
         }
         rows.append(
             {
@@ -57,9 +57,9 @@ def compare_memory(lengths: Sequence[int], head_dim: int) -> list[dict[str, int]
     }
     rows = []
     for length in lengths:
-        layout = token_layout(1, length, torch.device("cpu"))
+        metadata = attention_metadata(1, length, torch.device("cpu"))
         states = [torch.ones(1, 1, length, head_dim, requires_grad=True) for _ in range(3)]
-        kept = {name: _kept_bytes(functools.partial(way, *states, layout, False)) for name, way in ways.items()}
+        kept = {name: _kept_bytes(functools.partial(way, *states, metadata, False)) for name, way in ways.items()}
         rows.append({"length": length, **kept})
     return rows
 
@@ -79,8 +79,8 @@ def _kept_bytes(run: Callable[[], torch.Tensor]) -> int:
 
 def log_normal_error(tokens: int, head_dim: int, generator: torch.Generator) -> float:
     """The largest difference of LLN's linear form from its map times the values, by the largest output."""
-    layout = token_layout(1, tokens, torch.device("cpu"))
+    metadata = attention_metadata(1, tokens, torch.device("cpu"))
     query, key, value = (torch.randn(1, 1, tokens, head_dim, generator=generator) for _ in range(3))
     mixer = _mixer("lln", head_dim)
-    wanted = mixer.attention_map(query, key, layout, False) @ value
-    return ((mixer(query, key, value, layout, False) - wanted).abs().max() / wanted.abs().max()).item()
+    wanted = mixer.attention_map(query, key, metadata, False) @ value
+    return ((mixer(query, key, value, metadata, False) - wanted).abs().max() / wanted.abs().max()).item()
