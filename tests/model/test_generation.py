@@ -10,6 +10,7 @@ from transformers.generation import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from transnormer_hf import TransNormerCache
+from transnormer_hf.model.configuration_transnormer import CACHE_NAME
 
 GREEDY = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": -1, "pad_token_id": 1}
 PROMPT_LENGTH = 11
@@ -46,8 +47,8 @@ def test_every_cache_implementation(options):
         input_ids = torch.randint(3, 50, (batch_size, length))
         output = model.generate(input_ids, max_new_tokens=new_tokens, return_dict_in_generate=True, **options)
         assert output.sequences.equal(expected_ids(model, input_ids, new_tokens))
-        assert isinstance(output.past_key_values, TransNormerCache)
-        assert output.past_key_values.is_compileable == (options["cache_implementation"] == "static")
+        assert isinstance(output[CACHE_NAME], TransNormerCache)
+        assert output[CACHE_NAME].is_compileable == (options["cache_implementation"] == "static")
 
 
 def test_a_quantized_cache_is_refused():
@@ -66,13 +67,13 @@ def test_a_quantized_cache_is_refused():
 def test_a_cache_that_is_handed_in(make_cache):
     model, input_ids = make("parallel"), torch.randint(3, 50, (2, PROMPT_LENGTH))
     cache = make_cache(model.config)
-    assert model.generate(input_ids, past_key_values=cache).equal(expected_ids(model, input_ids))
+    assert model.generate(input_ids, **{CACHE_NAME: cache}).equal(expected_ids(model, input_ids))
     assert cache.get_seq_length() == PROMPT_LENGTH + 8
 
 
 def test_a_cache_without_our_configuration_is_refused():
     with pytest.raises(ValueError, match="made without this model's configuration"):
-        make().generate(torch.randint(3, 50, (1, 5)), past_key_values=DynamicCache())
+        make().generate(torch.randint(3, 50, (1, 5)), **{CACHE_NAME: DynamicCache()})
 
 
 @pytest.mark.parametrize("mix", ["diag, norm", "parallel"])
@@ -101,36 +102,36 @@ def test_a_conversation_goes_on_where_it_stopped(cache_implementation):
     conversation = torch.cat((output.sequences, turn), 1)
     attention_mask = torch.nn.functional.pad(attention_mask, (0, 9 + 4), value=1)
     expected = expected_ids(model, conversation, attention_mask=attention_mask)
-    again = model.generate(conversation, attention_mask=attention_mask, past_key_values=output.past_key_values)
+    again = model.generate(conversation, attention_mask=attention_mask, **{CACHE_NAME: output[CACHE_NAME]})
     assert again.equal(expected)
 
 
 def test_a_turn_can_be_given_alone_with_the_mask_of_everything():
     model, input_ids = make(), torch.randint(3, 50, (2, PROMPT_LENGTH))
     cache = TransNormerCache(model.config)
-    first = model.generate(input_ids, past_key_values=cache)
+    first = model.generate(input_ids, **{CACHE_NAME: cache})
     turn = torch.cat((first[:, -1:], torch.randint(3, 50, (2, 3))), 1)  # the last token is not in the state yet
     whole = torch.cat((first[:, :-1], turn), 1)
     expected = expected_ids(model, whole)
     full_mask = torch.ones_like(whole)
-    output = model.generate(turn, attention_mask=full_mask, past_key_values=cache)
+    output = model.generate(turn, attention_mask=full_mask, **{CACHE_NAME: cache})
     assert output[:, 4:].equal(expected[:, whole.shape[1] :])
 
 
 def test_a_turn_without_the_mask_of_everything_is_refused():
     model = make()
     cache = TransNormerCache(model.config)
-    model.generate(torch.randint(3, 50, (1, PROMPT_LENGTH)), past_key_values=cache)
-    with pytest.raises(ValueError, match="3 tokens and past_key_values has taken in 19"):
-        model.generate(torch.randint(3, 50, (1, 3)), past_key_values=cache)
+    model.generate(torch.randint(3, 50, (1, PROMPT_LENGTH)), **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match=f"3 tokens and {CACHE_NAME} has taken in 19"):
+        model.generate(torch.randint(3, 50, (1, 3)), **{CACHE_NAME: cache})
 
 
 def test_a_turn_without_a_mask_when_everything_is_given():
     model, input_ids = make(), torch.randint(3, 50, (1, PROMPT_LENGTH))
     cache = TransNormerCache(model.config)
-    first = model.generate(input_ids, past_key_values=cache)
+    first = model.generate(input_ids, **{CACHE_NAME: cache})
     whole = torch.cat((first, torch.randint(3, 50, (1, 3))), 1)
-    assert model.generate(whole, past_key_values=cache).equal(expected_ids(model, whole))
+    assert model.generate(whole, **{CACHE_NAME: cache}).equal(expected_ids(model, whole))
 
 
 def test_generation_from_a_saved_state(tmp_path):
@@ -140,7 +141,7 @@ def test_generation_from_a_saved_state(tmp_path):
         model(input_ids[:, :-1], past_key_values=cache)
     cache.save_pretrained(tmp_path)
     loaded = TransNormerCache.from_pretrained(tmp_path, model.config)
-    assert model.generate(input_ids, past_key_values=loaded).equal(expected_ids(model, input_ids))
+    assert model.generate(input_ids, **{CACHE_NAME: loaded}).equal(expected_ids(model, input_ids))
 
 
 # Several sequences
@@ -182,7 +183,7 @@ def test_prompts_can_branch_from_one_state():
         model(input_ids[:, :-1], past_key_values=cache)
     cache.batch_repeat_interleave(3)
     torch.manual_seed(1)
-    output = model.generate(input_ids, past_key_values=cache, do_sample=True, num_return_sequences=3)
+    output = model.generate(input_ids, **{CACHE_NAME: cache}, do_sample=True, num_return_sequences=3)
     torch.manual_seed(1)
     assert output.equal(expected_ids(model, input_ids, do_sample=True, num_return_sequences=3))
 
@@ -213,10 +214,10 @@ def test_assisted_decoding_equals_greedy(noise, schedule):
     )
     assert output.sequences.equal(expected)
     # the state is that of the accepted tokens, and goes on
-    cache = output.past_key_values
+    cache = output[CACHE_NAME]
     assert cache.get_seq_length() == expected.shape[1] - 1
     whole = torch.cat((expected, torch.randint(3, 50, (1, 2))), 1)
-    assert model.generate(whole, past_key_values=cache).equal(expected_ids(model, whole))
+    assert model.generate(whole, **{CACHE_NAME: cache}).equal(expected_ids(model, whole))
 
 
 def test_assisted_sampling_runs():
@@ -231,13 +232,6 @@ def test_prompt_lookup_equals_greedy():
     expected = expected_ids(model, input_ids, new_tokens=20)
     output = model.generate(input_ids, prompt_lookup_num_tokens=3, max_new_tokens=20)
     assert output.equal(expected)
-
-
-def test_a_state_of_another_kind_cannot_be_speculated_with():
-    with pytest.raises(ValueError, match="not supported with Static cache"):
-        make().generate(
-            torch.randint(3, 50, (1, 5)), prompt_lookup_num_tokens=3, cache_implementation="static", max_new_tokens=3
-        )
 
 
 # Other inputs and outputs

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import DynamicCache, set_seed
 
 from transnormer_hf import TransNormerCache, TransNormerConfig, TransNormerForCausalLM, TransNormerModel
+from transnormer_hf.model.configuration_transnormer import CACHE_NAME
 from transnormer_hf.model.modeling_transnormer import TransNormerDiagAttention, TransNormerNormAttention
 
 VOCABULARY, BLOCK = 50, 4
@@ -301,17 +302,17 @@ class TestOutputs:
     def test_a_state_comes_from_causal_models_unless_declined(self):
         input_ids = make_ids(1, 5)
         model = make_model(is_causal=True)
-        assert isinstance(model(input_ids).past_key_values, TransNormerCache)
-        assert model(input_ids, use_cache=False).past_key_values is None
-        assert model.train()(input_ids).past_key_values is None
-        assert make_model(is_causal=True, use_cache=False)(input_ids).past_key_values is None
-        assert make_model()(input_ids, use_cache=True).past_key_values is None
+        assert isinstance(model(input_ids)[CACHE_NAME], TransNormerCache)
+        assert model(input_ids, use_cache=False).get(CACHE_NAME) is None
+        assert model.train()(input_ids).get(CACHE_NAME) is None
+        assert make_model(is_causal=True, use_cache=False)(input_ids).get(CACHE_NAME) is None
+        assert make_model()(input_ids, use_cache=True).get(CACHE_NAME) is None
 
     def test_packed_sequences_stay_apart_where_a_state_is_the_default(self):
         model, input_ids = make_model(is_causal=True), make_ids(1, 12)
         outputs = model(input_ids, position_ids=packed_positions([5, 7]))
         torch.testing.assert_close(outputs.last_hidden_state[:, 5:], model(input_ids[:, 5:]).last_hidden_state)
-        assert outputs.past_key_values is None
+        assert outputs.get(CACHE_NAME) is None
 
     def test_input_embeddings_equal_their_ids(self):
         model, input_ids = make_model(scale_embedding=True), make_ids(2, 6)
@@ -393,7 +394,7 @@ class TestAttentionMaps:
         model = make_model(is_causal=True, backend="eager")
         outputs = model(make_ids(1, 6), output_attentions=True)
         assert len(outputs.attentions) == 2
-        step = model(make_ids(1, 1), past_key_values=outputs.past_key_values, output_attentions=True)
+        step = model(make_ids(1, 1), past_key_values=outputs[CACHE_NAME], output_attentions=True)
         assert step.attentions == ()
 
 
@@ -611,12 +612,12 @@ WRONG_INPUTS = [
     (
         {},
         {"input_ids": make_ids(1, 4), "past_key_values": DynamicCache()},
-        "past_key_values was given to a bidirectional model (is_causal=False)",
+        f"{CACHE_NAME} was given to a bidirectional model (is_causal=False)",
     ),
     (
         {"is_causal": True},
         {"input_ids": make_ids(1, 4), "past_key_values": DynamicCache()},
-        "past_key_values is a DynamicCache that was made without this model's configuration",
+        "the cache is a DynamicCache that was made without this model's configuration",
     ),
     (
         {},
@@ -635,7 +636,7 @@ def test_wrong_inputs_are_named(fields, inputs, said):
 def test_packed_sequences_with_a_given_state_are_refused():
     model = make_model(is_causal=True)
     cache = TransNormerCache(model.config)
-    with pytest.raises(ValueError, match="packed sequences cannot fill a past_key_values"):
+    with pytest.raises(ValueError, match=f"packed sequences cannot fill a {CACHE_NAME}"):
         model(make_ids(1, 4), past_key_values=cache, cu_seq_lens_q=torch.tensor([0, 2, 4]))
 
 

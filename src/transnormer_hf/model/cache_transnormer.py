@@ -1,9 +1,12 @@
 """What a causal TransNormer remembers between two forwards: a state of constant size.
 
 NormAttention keeps S = K^T V, one (head_dim, head_dim) matrix per head. DiagAttention keeps the keys and values of the
-current block. Neither grows with the context, and both are held in float32 whatever the dtype of the model (float64 for
-a float64 model). Rows that were padded on the left have taken fewer positions than others and stand elsewhere in their
-block, so the cache counts positions by row.
+current block. Neither grows with the context, and both are float32 whatever the dtype of the model (float64 for a
+float64 model). Left-padded rows have taken in fewer tokens than others and stand elsewhere in their block, so progress
+is counted row by row.
+
+The states are the layers of an ordinary transformers `Cache`, which calls them to reorder, crop, repeat or reset. A
+`TransNormerCache` has them from the start; an empty `DynamicCache` or `StaticCache` gets them from `adopt_cache`.
 """
 
 import json
@@ -17,15 +20,15 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
 from .reference_transnormer import AttentionMetadata, compute_dtype, zero_padding
 
-# Name of a saved cache inside of a folder.
+# File name of a saved cache inside of a folder.
 STATE_FILE = "transnormer_state.safetensors"
 
-# While a cache records, at least so many tokens can be taken back, however often it has been cropped before: candidate
-# generators with another tokenizer go back behind what they added last.
+# Minimum number of tokens that stay croppable while recording, however often the cache was cropped before: candidate
+# generators with another tokenizer go back further than what they added last.
 RETAINED_TOKENS = 64
 
 # What a saved state depends on: two models that differ here cannot continue each other's states.
@@ -54,60 +57,174 @@ FINGERPRINT_FIELDS = (
 
 
 class NewTokens(NamedTuple):
-    """The tokens of one forward, as the states take them in; made once for all layers.
+    """The tokens of one forward, made once for all layers.
 
     metadata: positions (batch, seq), negative in front of a row's first real token, and which tokens are real.
-    is_prefill: whether no token came before them.
-    is_recorded: whether `crop` may have to take them back.
-    slots: (batch, tail) place in the current block of the last columns, `block_size` for tokens outside of it. The
-        current block is the one where a row's last column stands.
+    is_prefill: True if no token came before them.
+    is_step: True for one token that meets the state alone, without gradients.
+    is_recorded: True if `crop` may take them back.
+    has_grad: True while gradients are on: autograd may save the states that the attentions see.
+    slots: (batch, tail) slot in the current block for each of the last columns, `block_size` for tokens outside of it.
+        The current block is the one that holds a row's last column.
     visible: (batch, 1, 1, block_size + 1) bool, slots that the last column sees.
-    past_slots: (batch, block_size) slots of the block in the state, so turned that it ends where the tokens begin.
-    metadata_with_past: metadata of these slots and the tokens behind them, a row of block_size + seq columns padded on the left.
-    The last four are None in a model without DiagAttention, and the last two where there is nothing to continue.
+    past_slots: (batch, block_size) slots of the cached block, rotated to end just before the new tokens.
+    with_past: metadata of these slots followed by the new tokens, block_size + seq columns padded on the left.
+    The last four are None in a model without DiagAttention, and the last two at prefill.
     """
 
     metadata: AttentionMetadata
     is_prefill: bool
+    is_step: bool
     is_recorded: bool
+    has_grad: bool
     slots: torch.Tensor | None = None
     visible: torch.Tensor | None = None
     past_slots: torch.Tensor | None = None
-    metadata_with_past: AttentionMetadata | None = None
+    with_past: AttentionMetadata | None = None
+
+
+class Progress:
+    """How far each row of the batch has come; one object, shared by all layers of a cache.
+
+    seen: number of columns so far, padding included: a tensor, because a compiled step would specialise on a number.
+    rows: "lengths" (batch,), positions taken by each row; "is_filled" (batch, block_size + 1), see `NewTokens.visible`.
+    """
+
+    def __init__(self, block_size: int | None) -> None:
+        self.block_size = block_size  # None in a model without DiagAttention
+        self.has_begun = False
+        self.seen = torch.zeros((), dtype=torch.long)
+        self.rows: dict[str, torch.Tensor] = {}
+        self.history: list[AttentionMetadata] = []  # of the recorded tokens
+        self.base: dict[str, torch.Tensor] = {}  # rows as they were before the recorded tokens
+        self.rollback: Rollback | None = None
 
     @property
-    def is_step(self) -> bool:
-        """One token after others, which goes through the state alone."""
-        return not self.is_prefill and self.metadata.positions.shape[1] == 1
+    def batch_size(self) -> int:
+        """Number of rows, -1 before the first token."""
+        return self.rows["lengths"].shape[0] if self.rows else -1
+
+    @property
+    def lengths(self) -> torch.Tensor | int:
+        """(batch,) positions taken by each row, 0 before the first token."""
+        return self.rows["lengths"] if self.has_begun else 0
+
+    def allocate(self, batch_size: int, device: torch.device) -> None:
+        self.seen = self.seen.to(device)
+        if not self.rows:
+            self.rows["lengths"] = _zeros(batch_size, dtype=torch.long, device=device)
+            if self.block_size is not None:
+                self.rows["is_filled"] = _zeros(batch_size, self.block_size + 1, dtype=torch.bool, device=device)
+
+    def advance(self, metadata: AttentionMetadata, is_recorded: bool) -> NewTokens:
+        """Moves every row past these tokens and says where they go."""
+        positions = metadata.positions  # (batch, seq)
+        has_grad = torch.is_grad_enabled()
+        is_step = self.has_begun and positions.shape[1] == 1 and not has_grad
+        tokens = NewTokens(metadata, not self.has_begun, is_step, is_recorded, has_grad)
+        if self.block_size is not None:
+            tokens = self._assign_slots(tokens, self.block_size)
+        self.rows["lengths"].copy_((positions[:, -1] + 1).clamp(min=0))
+        self.seen.add_(positions.shape[1])
+        self.has_begun = True
+        return tokens
+
+    def _assign_slots(self, tokens: NewTokens, block_size: int) -> NewTokens:
+        """Finds the slot of each token in the current block of its row, and moves on to that block."""
+        is_filled, positions, is_real = self.rows["is_filled"], tokens.metadata.positions, tokens.metadata.is_real
+        last = self.rows["lengths"][:, None] - 1  # (batch, 1) position before the new tokens
+        block_start = last - last % block_size
+        if not tokens.is_prefill and not tokens.is_step:
+            within = positions - block_start.clamp(min=0)  # (batch, seq) counted from the start of the current block
+            past = within[:, :1] + torch.arange(-block_size, 0, device=within.device)  # (batch, block_size)
+            past_slots = past.clamp(min=0)
+            is_visible = torch.cat(((past >= 0) & is_filled.gather(1, past_slots), _real_columns(tokens.metadata)), 1)
+            with_past = AttentionMetadata(torch.cat((past, within), 1), is_visible)
+            tokens = tokens._replace(past_slots=past_slots, with_past=with_past)
+
+        positions = positions[:, -block_size:]  # no earlier column can be in the current block
+        start = positions[:, -1:] - positions[:, -1:] % block_size  # (batch, 1)
+        is_inside = positions >= start.clamp(min=0)
+        if is_real is not None:
+            is_inside = is_inside & is_real[:, -block_size:]
+        slots = torch.where(is_inside, positions - start, block_size)
+        is_filled.logical_and_(block_start == start).scatter_(1, slots, is_inside)
+        visible = is_filled
+        if is_real is not None:  # a padding token may see nothing: it gets the last slot, not NaN
+            visible = torch.cat((is_filled[:, :-1], ~is_filled.any(1, keepdim=True)), 1)
+        return tokens._replace(slots=slots, visible=visible[:, None, None, :])
+
+    # Taking tokens back
+
+    def roll_back(self, tokens_to_remove: int) -> None:
+        """Goes back to before the recorded tokens and advances over those that stay; `rollback` tells the states how.
+
+        tokens_to_remove: minus the number of tokens to take back, or, as transformers before 5.14 calls it, the
+            positive number of tokens to keep.
+
+        Raises RuntimeError if these tokens were not recorded.
+        """
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(int(self.seen) - tokens_to_remove, 0)
+        recorded = sum(metadata.positions.shape[1] for metadata in self.history)
+        if count > recorded:
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) cannot take back {count} of {int(self.seen)} tokens: the last {recorded} "
+                "are recorded. Call activate_past_recording() before adding tokens that may be taken back."
+            )
+        kept = recorded - count
+        settled = max(kept - RETAINED_TOKENS, 0)
+        self.rollback = None
+        if not count and settled < RETAINED_TOKENS:
+            return
+        positions = torch.cat([metadata.positions for metadata in self.history], 1)
+        is_real = torch.cat([_real_columns(metadata) for metadata in self.history], 1)
+        _restore(self.rows, self.base)
+        self.seen.sub_(recorded)
+        self.history, self.base = [], {}
+        replays: list[tuple[slice, NewTokens]] = []
+        for columns in (slice(settled), slice(settled, kept)):
+            metadata = AttentionMetadata(positions[:, columns], is_real[:, columns])
+            if not metadata.positions.shape[1]:
+                continue
+            is_recorded = columns.stop == kept
+            if is_recorded:
+                self.history, self.base = [metadata], _clone(self.rows)
+            replays.append((columns, self.advance(metadata, is_recorded)))
+        self.rollback = Rollback(replays)
+
+    def reset(self) -> None:
+        self.has_begun = False
+        self.seen.zero_()
+        self.history, self.base = [], {}
+        for tensor in self.rows.values():
+            tensor.zero_()
+
+    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies an indexing function to everything that has one row per sequence."""
+        self.rows, self.base = _map(change, self.rows), _map(change, self.base)
+        self.history = [
+            AttentionMetadata(change(metadata.positions), change(_real_columns(metadata))) for metadata in self.history
+        ]
+
+
+class Rollback(NamedTuple):
+    """What `crop` leaves of the recorded tokens: columns of the history, and the tokens to take in again."""
+
+    replays: list[tuple[slice, NewTokens]]
 
 
 class AttentionState:
     """What one attention remembers: `tensors`, batch first, empty before the first token.
 
-    history: keys and values that `crop` may take back.
+    history: keys and values that `crop` may take back, while it records. base: the tensors before them.
+    is_saved: True if autograd may have saved the tensors: they are then replaced, not overwritten.
     """
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self.is_saved = False
         self.history: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def append(
-        self, key: torch.Tensor, value: torch.Tensor, tokens: NewTokens, new_state: torch.Tensor | None = None
-    ) -> None:
-        """Takes in (batch, heads, seq, head_dim) keys, as they enter the products (mapped and rotated), and values.
-
-        new_state: the state after them, where an attention has worked it out on its way.
-        """
-        key, value = key.detach(), value.detach()
-        if not self.tensors:
-            batch_size, num_heads, _, head_dim = key.shape
-            self.allocate(batch_size, num_heads, head_dim, compute_dtype(key.dtype), key.device)
-        if tokens.is_recorded:
-            self.history.append((key, value))
-        if new_state is None:
-            self.write(key, value, tokens)
-        else:
-            self.tensors["state"].copy_(new_state.detach())
+        self.base: dict[str, torch.Tensor] = {}
 
     def allocate(
         self, batch_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -116,6 +233,51 @@ class AttentionState:
 
     def write(self, key: torch.Tensor, value: torch.Tensor, tokens: NewTokens) -> None:
         raise NotImplementedError
+
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor, tokens: NewTokens, new_state: torch.Tensor | None = None
+    ) -> None:
+        """Takes in (batch, heads, seq, head_dim) keys, as they enter the products (mapped and rotated), and values.
+
+        new_state: the state after them, if the attention has computed it on its way.
+        """
+        key, value = key.detach(), value.detach()
+        if not self.tensors:
+            batch_size, num_heads, _, head_dim = key.shape
+            self.allocate(batch_size, num_heads, head_dim, compute_dtype(key.dtype), key.device)
+        self._detach_from_autograd(tokens.has_grad)
+        if tokens.is_recorded:
+            self.history.append((key, value))
+        if new_state is None:
+            self.write(key, value, tokens)
+        else:
+            self.tensors["state"].copy_(new_state.detach())
+
+    def _detach_from_autograd(self, is_saved: bool = False) -> None:
+        """Makes the tensors safe to overwrite. is_saved: True if autograd may save the result."""
+        if is_saved or self.is_saved:
+            self.tensors = _clone(self.tensors)
+        self.is_saved = is_saved
+
+    def roll_back(self, rollback: Rollback) -> None:
+        self._detach_from_autograd()
+        key, value = (torch.cat(parts, 2) for parts in zip(*self.history, strict=True))
+        _restore(self.tensors, self.base)
+        self.history, self.base = [], {}
+        for columns, tokens in rollback.replays:
+            if tokens.is_recorded:
+                self.base = _clone(self.tensors)
+            self.append(key[:, :, columns], value[:, :, columns], tokens)
+
+    def reset(self) -> None:
+        self._detach_from_autograd()
+        self.history, self.base = [], {}
+        for tensor in self.tensors.values():
+            tensor.zero_()
+
+    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.tensors, self.base = _map(change, self.tensors), _map(change, self.base)
+        self.history = [(change(key), change(value)) for key, value in self.history]
 
 
 class NormAttentionState(AttentionState):
@@ -133,14 +295,14 @@ class NormAttentionState(AttentionState):
             state.add_(key.transpose(-1, -2) @ value)
 
     def attend(self, query: torch.Tensor) -> torch.Tensor:
-        """NormAttention of a query whose own token the state has: (batch, heads, 1, head_dim) to the same."""
+        """NormAttention of a query whose own token is in the state: (batch, heads, 1, head_dim) to the same."""
         return query @ self.tensors["state"]
 
 
 class DiagAttentionState(AttentionState):
-    """keys, values: (batch, heads, block_size + 1, head_dim), the current block of each row by place.
+    """keys, values: (batch, heads, block_size + 1, head_dim), the current block of each row by slot.
 
-    Tokens that are not in the current block are written to the last place, which nobody looks at.
+    Tokens outside of the current block are written to the last slot, which no query sees.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -158,14 +320,8 @@ class DiagAttentionState(AttentionState):
             new = new[:, :, -tail:].to(self.tensors[name].dtype)
             self.tensors[name].scatter_(2, tokens.slots[:, None, :, None].expand_as(new), new)
 
-    def past(self, tokens: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the current block, to stand in front of new ones: (batch, heads, block_size, head_dim)."""
-        keys, values = self.tensors["keys"], self.tensors["values"]
-        slots = tokens.past_slots[:, None, :, None].expand(*keys.shape[:2], -1, keys.shape[3])
-        return keys.gather(2, slots), values.gather(2, slots)
-
     def attend(self, query: torch.Tensor, tokens: NewTokens, activation: str, scale: float) -> torch.Tensor:
-        """DiagAttention of a query whose own token the state has: (batch, heads, 1, head_dim) to the same."""
+        """DiagAttention of a query whose own token is in the state: (batch, heads, 1, head_dim) to the same."""
         keys, values = self.tensors["keys"], self.tensors["values"]
         if activation == "softmax":
             return F.scaled_dot_product_attention(query, keys, values, attn_mask=tokens.visible, scale=scale)
@@ -173,26 +329,137 @@ class DiagAttentionState(AttentionState):
         return (scores.relu() * tokens.visible) @ values
 
 
-class StateView(NamedTuple):
-    """What one attention gets of the cache in one forward."""
+class StateUpdate:
+    """One attention's state during one forward.
 
-    state: AttentionState
-    tokens: NewTokens
+    past: the tensors before the new tokens. Gradient checkpointing runs a layer again in the backward pass; it then
+    finds the same past, and the tokens are not taken in twice.
+    """
+
+    def __init__(self, state: AttentionState, tokens: NewTokens) -> None:
+        self.state, self.tokens = state, tokens
+        self.past = state.tensors
+        self.is_done = False
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, new_state: torch.Tensor | None = None) -> None:
+        """As `AttentionState.append`, once."""
+        if not self.is_done:
+            self.state.append(key, value, self.tokens, new_state)
+        self.is_done = True
+
+    def past_block(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the cached block, to stand in front of new ones: (batch, heads, block_size, head_dim)."""
+        keys, values = self.past["keys"], self.past["values"]
+        slots = self.tokens.past_slots[:, None, :, None].expand(*keys.shape[:2], -1, keys.shape[3])
+        return keys.gather(2, slots), values.gather(2, slots)
 
 
-class LayerState:
-    """The states of one layer, in the order of its attentions (two in a hybrid layer)."""
+class TransNormerCacheLayer(CacheLayerMixin):
+    """The states of one layer (two in a hybrid layer), as a layer of a transformers cache.
 
-    def __init__(self, *states: AttentionState):
-        self.states = states
-        self.record_past = False  # read and unset by `generate`
+    progress: shared by all layers. The first layer moves it wherever transformers calls all layers in turn.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = True
+
+    def __init__(self, states: tuple[AttentionState, ...], progress: Progress, is_first: bool, is_compileable: bool):
+        super().__init__()
+        self.states, self.progress, self.is_first = states, progress, is_first
+        self.is_compileable = is_compileable
+        self.record_past = False  # `generate` reads and unsets it
 
     def __repr__(self) -> str:
         return " + ".join(type(state).__name__ for state in self.states)
 
+    @property
+    def _parts(self) -> tuple[Progress | AttentionState, ...]:
+        return (self.progress, *self.states) if self.is_first else self.states
+
+    def activate_past_recording(self) -> None:
+        """From now on keeps the keys and values of new tokens as well, so that `crop` can take them back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens; see `Progress.roll_back`."""
+        if self.is_first:
+            self.progress.roll_back(tokens_to_remove)
+        if self.progress.rollback is not None:
+            for state in self.states:
+                state.roll_back(self.progress.rollback)
+
+    def reset(self) -> None:
+        """Back to the beginning; the tensors stay where they are, for a compiled step."""
+        for part in self._parts:
+            part.reset()
+
+    def _change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for part in self._parts:
+            part.change_rows(change)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._change_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._change_rows(lambda tensor: tensor[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        for state in self.states:
+            state.tensors = _map(lambda tensor: tensor.to("cpu"), state.tensors)
+
+    def prefetch(self) -> None:
+        for state in self.states:
+            state.tensors = _map(lambda tensor: tensor.to(self.progress.seen.device), state.tensors)
+
+    @property
+    def batch_size(self) -> int:
+        return self.progress.batch_size
+
+    def get_seq_length(self) -> int:
+        """Number of columns taken in, padding included."""
+        return int(self.progress.seen)
+
+    def get_max_length(self) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.14
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocates the states for keys (batch, heads, any, head_dim) before the first token."""
+        batch_size, num_heads, _, head_dim = key_states.shape
+        self.progress.allocate(batch_size, key_states.device)
+        for state in self.states:
+            state.allocate(batch_size, num_heads, head_dim, compute_dtype(key_states.dtype), key_states.device)
+        self.is_initialized = True
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("A TransNormer state takes tokens in by `receive`, not keys and values by `update`.")
+
+
+def make_layers(config: PreTrainedConfig, is_compileable: bool = False) -> list[TransNormerCacheLayer]:
+    """An empty state for each layer of a model."""
+    new_states: dict[str, Callable[[], tuple[AttentionState, ...]]] = {
+        "linear_attention": lambda: (NormAttentionState(),),
+        "chunked_attention": lambda: (DiagAttentionState(config.block_size),),
+        "hybrid": lambda: (DiagAttentionState(config.block_size), NormAttentionState()),
+    }
+    progress = Progress(None if set(config.layer_types) == {"linear_attention"} else config.block_size)
+    return [
+        TransNormerCacheLayer(new_states[layer_type](), progress, index == 0, is_compileable)
+        for index, layer_type in enumerate(config.layer_types)
+    ]
+
 
 class TransNormerCache(Cache):
-    """The states of all layers: `past_key_values` of a causal TransNormer.
+    """The states of all layers of a causal TransNormer.
 
     ```python
     cache = TransNormerCache(model.config)
@@ -210,280 +477,51 @@ class TransNormerCache(Cache):
         is_compileable: Whether `generate` may compile the decoding step; `cache_implementation="static"` sets it.
     """
 
+    layers: list[TransNormerCacheLayer]
+
     def __init__(self, config: PreTrainedConfig, is_compileable: bool = False):
-        new_layer: dict[str, Callable[[], LayerState]] = {
-            "linear_attention": lambda: LayerState(NormAttentionState()),
-            "chunked_attention": lambda: LayerState(DiagAttentionState(config.block_size)),
-            "hybrid": lambda: LayerState(DiagAttentionState(config.block_size), NormAttentionState()),
-        }
-        super().__init__(layers=[new_layer[layer_type]() for layer_type in config.layer_types])
-        self.block_size = None if set(config.layer_types) == {"linear_attention"} else config.block_size
+        super().__init__(layers=make_layers(config, is_compileable))
         self.fingerprint = {field: getattr(config, field) for field in FINGERPRINT_FIELDS}
-        self._is_compileable = is_compileable
-        self.has_begun = False
-        # Columns seen, padding included: a tensor, because a compiled step would specialise on a number.
-        self.seen = torch.zeros((), dtype=torch.long)
-        # "lengths": (batch,) positions taken by each row; "is_filled": (batch, block_size + 1), see `NewTokens.visible`
-        self.rows: dict[str, torch.Tensor] = {}
-        self._history: list[AttentionMetadata] = []
-        self._base: list[dict[str, torch.Tensor]] = []  # every tensor as it was before the recorded tokens
+
+    def activate_past_recording(self) -> None:
+        """From now on keeps the keys and values of new tokens as well, so that `crop` can take them back."""
+        for layer in self.layers:
+            layer.activate_past_recording()
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self.layers[0].progress.has_begun
+
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Moves a layer's state to the CPU."""
+        self.layers[layer_idx].offload()
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Moves it back to the device of the tokens."""
+        self.layers[layer_idx].prefetch()
 
     @property
     def states(self) -> list[AttentionState]:
         return [state for layer in self.layers for state in layer.states]
 
     def _tensors(self) -> list[dict[str, torch.Tensor]]:
-        return [self.rows, *(state.tensors for state in self.states)]
-
-    # Taking tokens in
-
-    def receive(self, metadata: AttentionMetadata, batch_size: int) -> list[StateView | tuple[StateView, ...]]:
-        """Counts the tokens of a forward; returns what each layer needs to take them in, two views for a hybrid one.
-
-        metadata: as `attention_metadata` gives it, with `position_offset=cache.lengths`.
-
-        Raises ValueError where the cache holds another number of rows.
-        """
-        if not self.has_begun:
-            self._start(batch_size, metadata.positions.device)
-        elif batch_size != self.batch_size:
-            raise ValueError(
-                f"past_key_values holds {self.batch_size} rows and the input has {batch_size}; beams and several "
-                "sequences per prompt need past_key_values.batch_repeat_interleave(...) before."
-            )
-        is_recording = any(layer.record_past for layer in self.layers)
-        if not is_recording:
-            self._forget()
-        elif not self._history:
-            self._base = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in self._tensors()]
-        metadata = metadata._replace(positions=metadata.positions.expand(batch_size, -1))
-        if is_recording:
-            self._history.append(metadata)
-        tokens = self._count(metadata, is_recording)
-        views = [tuple(StateView(state, tokens) for state in layer.states) for layer in self.layers]
-        return [view if len(view) > 1 else view[0] for view in views]
-
-    @property
-    def lengths(self) -> torch.Tensor | int:
-        """(batch,) positions taken by each row, 0 before the first token."""
-        return self.rows["lengths"] if self.has_begun else 0
-
-    def _start(self, batch_size: int, device: torch.device) -> None:
-        if self.rows and (self.batch_size != batch_size or self.seen.device != device):
-            for tensors in self._tensors():
-                tensors.clear()
-        self.seen = self.seen.to(device)
-        if not self.rows:
-            self.rows["lengths"] = _zeros(batch_size, dtype=torch.long, device=device)
-            if self.block_size is not None:
-                self.rows["is_filled"] = _zeros(batch_size, self.block_size + 1, dtype=torch.bool, device=device)
-
-    def _count(self, metadata: AttentionMetadata, is_recorded: bool) -> NewTokens:
-        """Moves the rows on by these tokens."""
-        lengths, positions = self.rows["lengths"], metadata.positions  # (batch,), (batch, seq)
-        tokens = NewTokens(metadata, is_prefill=not self.has_begun, is_recorded=is_recorded)
-        if self.block_size is not None:
-            tokens = self._assign_slots(tokens, self.block_size)
-        lengths.copy_((positions[:, -1] + 1).clamp(min=0))
-        self.seen.add_(positions.shape[1])
-        self.has_begun = True
-        return tokens
-
-    def _assign_slots(self, tokens: NewTokens, block_size: int) -> NewTokens:
-        """Finds the tokens' slots in the current block of each row, and moves on to that block."""
-        is_filled, positions = self.rows["is_filled"], tokens.metadata.positions
-        last = self.rows["lengths"][:, None] - 1  # (batch, 1) position before the new tokens
-        begun = last - last % block_size
-        if not tokens.is_prefill and not tokens.is_step:
-            within = positions - begun.clamp(min=0)  # (batch, seq) counted from where the current block began
-            past = within[:, :1] + torch.arange(-block_size, 0, device=within.device)  # (batch, block_size)
-            past_slots = past.clamp(min=0)
-            is_real = torch.cat(((past >= 0) & is_filled.gather(1, past_slots), _real_columns(tokens.metadata)), 1)
-            tokens = tokens._replace(
-                past_slots=past_slots, metadata_with_past=AttentionMetadata(torch.cat((past, within), 1), is_real)
-            )
-
-        positions = positions[:, -block_size:]  # no earlier column can stand in the current block
-        start = positions[:, -1:] - positions[:, -1:] % block_size  # (batch, 1)
-        is_inside = positions >= start.clamp(min=0)
-        if tokens.metadata.is_real is not None:
-            is_inside = is_inside & tokens.metadata.is_real[:, -block_size:]
-        slots = torch.where(is_inside, positions - start, block_size)
-        is_filled.logical_and_(begun == start).scatter_(1, slots, is_inside)
-        visible = is_filled
-        if tokens.metadata.is_real is not None:  # a padding token may see nothing: it gets the last slot, not NaN
-            visible = torch.cat((is_filled[:, :-1], ~is_filled.any(1, keepdim=True)), 1)
-        return tokens._replace(slots=slots, visible=visible[:, None, None, :])
-
-    # Taking tokens back
-
-    def activate_past_recording(self) -> None:
-        """From now on keeps the keys and values of new tokens as well, so that `crop` can take them back."""
-        for layer in self.layers:
-            layer.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens: goes back to the state before the recorded ones, and builds
-        on that those that stay. The last `RETAINED_TOKENS` of them remain history.
-
-        Raises ValueError for a positive number, RuntimeError where the tokens are not history.
-        """
-        count = -tokens_to_remove
-        if count < 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to take back as a negative number.")
-        history = sum(metadata.positions.shape[1] for metadata in self._history)
-        if count > history:
-            raise RuntimeError(
-                f"crop({tokens_to_remove}) cannot take back {count} of {self.get_seq_length()} tokens: the last "
-                f"{history} are recorded. Call activate_past_recording() before adding tokens that may be taken back."
-            )
-        kept = history - count
-        settled = max(kept - RETAINED_TOKENS, 0)
-        if not count and settled < RETAINED_TOKENS:
-            return
-        history_metadata = AttentionMetadata(
-            torch.cat([metadata.positions for metadata in self._history], 1),
-            torch.cat([_real_columns(metadata) for metadata in self._history], 1),
-        )
-        records = [tuple(torch.cat(parts, 2) for parts in zip(*state.history, strict=True)) for state in self.states]
-        for tensors, base in zip(self._tensors(), self._base, strict=True):
-            for name, tensor in tensors.items():
-                tensor.copy_(base[name]) if base else tensor.zero_()
-        self.seen.sub_(history)
-        self._forget()
-        self._replay(history_metadata, records, slice(settled))
-        if kept:
-            self._base = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in self._tensors()]
-            self._replay(history_metadata, records, slice(settled, kept), is_recorded=True)
-
-    def _replay(
-        self,
-        history_metadata: AttentionMetadata,
-        records: list[tuple[torch.Tensor, ...]],
-        columns: slice,
-        is_recorded: bool = False,
-    ) -> None:
-        metadata = AttentionMetadata(history_metadata.positions[:, columns], history_metadata.is_real[:, columns])
-        if not metadata.positions.shape[1]:
-            return
-        if is_recorded:
-            self._history.append(metadata)
-        tokens = self._count(metadata, is_recorded)
-        for state, (key, value) in zip(self.states, records, strict=True):
-            state.append(key[:, :, columns], value[:, :, columns], tokens)
-
-    def _forget(self) -> None:
-        self._history, self._base = [], []
-        for state in self.states:
-            state.history = []
-
-    def reset(self) -> None:
-        """Back to the beginning; the tensors stay where they are, for a compiled step."""
-        self.has_begun = False
-        self.seen.zero_()
-        self._forget()
-        for tensors in self._tensors():
-            for tensor in tensors.values():
-                tensor.zero_()
-
-    # Rows
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._for_each_row(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._for_each_row(lambda tensor: tensor[indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._for_each_row(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def _for_each_row(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for tensors in (*self._tensors(), *self._base):
-            for name, tensor in tensors.items():
-                tensors[name] = change(tensor)
-        for state in self.states:
-            state.history = [(change(key), change(value)) for key, value in state.history]
-        self._history = [
-            AttentionMetadata(change(metadata.positions), change(_real_columns(metadata))) for metadata in self._history
-        ]
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows, -1 before the first token."""
-        return self.rows["lengths"].shape[0] if self.rows else -1
-
-    # What transformers asks of a cache
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of columns taken in, padding included."""
-        return int(self.seen)
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no maximum."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        return self.has_begun
-
-    @property
-    def is_compileable(self) -> bool:
-        return self._is_compileable
-
-    @property
-    def is_croppable(self) -> bool:
-        return True
-
-    @property
-    def is_initialized(self) -> bool:
-        return all(state.tensors for state in self.states)
-
-    def early_initialization(
-        self,
-        batch_size: int,
-        num_heads: int | list[int],
-        head_dim: int | list[int],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """Allocates everything before the first token; every layer has the same heads."""
-        num_heads, head_dim = (size[0] if isinstance(size, list) else size for size in (num_heads, head_dim))
-        self._start(batch_size, torch.device(device))
-        for state in self.states:
-            state.allocate(batch_size, num_heads, head_dim, compute_dtype(dtype), device)
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("TransNormerCache takes tokens in by receive(), not keys and values by update().")
-
-    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Moves a layer's state to the CPU."""
-        for state in self.layers[layer_idx].states:
-            state.tensors = {name: tensor.to("cpu") for name, tensor in state.tensors.items()}
-
-    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Moves it back to where the tokens are."""
-        for state in self.layers[layer_idx].states:
-            state.tensors = {name: tensor.to(self.seen.device) for name, tensor in state.tensors.items()}
+        return [self.layers[0].progress.rows, *(state.tensors for state in self.states)]
 
     def __repr__(self) -> str:
         size = sum(tensor.nbytes for tensors in self._tensors() for tensor in tensors.values())
         return (
-            f"{type(self).__name__}(layers={self.layers}, batch_size={self.batch_size}, "
+            f"{type(self).__name__}(layers={self.layers}, batch_size={self.layers[0].batch_size}, "
             f"seq_length={self.get_seq_length()}, bytes={size})"
         )
-
-    # On disk
 
     def save_pretrained(self, path: str | os.PathLike) -> Path:
         """Writes the state to a .safetensors file, or to a file in a folder. Returns the file.
 
-        What is history for `crop` is left out. The file appears under its name when it is whole.
+        What is recorded for `crop` is left out. The file appears under its name once it is complete.
 
         Raises ValueError for an empty cache.
         """
-        if not self.has_begun:
+        progress = self.layers[0].progress
+        if not progress.has_begun:
             raise ValueError("This cache is empty; run the model on a prompt with it before saving it.")
         file = _state_file(path)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -494,7 +532,7 @@ class TransNormerCache(Cache):
         }
         partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
         try:
-            save_file(tensors | {"seen": self.seen}, partial, {"fingerprint": json.dumps(self.fingerprint)})
+            save_file(tensors | {"seen": progress.seen}, partial, {"fingerprint": json.dumps(self.fingerprint)})
             os.replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)
@@ -510,10 +548,11 @@ class TransNormerCache(Cache):
     ) -> "TransNormerCache":
         """Reads what `save_pretrained` has written, to go on with a model of this configuration on this device.
 
-        Raises ValueError where the state was saved with another configuration. Weights are not compared: a state says
+        Raises ValueError if the state was saved with another configuration. Weights are not compared: a state means
         nothing to a model that was trained further.
         """
         cache, file = cls(config, is_compileable), _state_file(path)
+        progress = cache.layers[0].progress
         with safe_open(file, "pt", device=str(device)) as saved:
             fingerprint = json.loads((saved.metadata() or {}).get("fingerprint", "{}"))
             differences = [
@@ -523,53 +562,110 @@ class TransNormerCache(Cache):
             ]
             if differences:
                 raise ValueError(f"{file} was saved with another configuration: {'; '.join(differences)}.")
-            cache.seen = saved.get_tensor("seen").clone()
+            progress.seen = saved.get_tensor("seen").clone()
             tensors = cache._tensors()
             for key in set(saved.keys()) - {"seen"}:
                 index, name = key.split(".")
                 tensors[int(index)][name] = saved.get_tensor(key).clone()  # not a view of the file
-        cache.has_begun = True
+        progress.has_begun = True
         return cache
 
 
-def adopt_cache(cache: Cache, config: PreTrainedConfig) -> TransNormerCache:
-    """Makes an empty `DynamicCache(config=...)` or `StaticCache(config=...)` of transformers a TransNormerCache.
+def receive(cache: Cache, metadata: AttentionMetadata, batch_size: int) -> list[StateUpdate | tuple[StateUpdate, ...]]:
+    """Counts the tokens of a forward; returns what each layer needs to take them in, two updates for a hybrid layer.
+
+    metadata: as `attention_metadata` gives it, with `position_offset=cache_lengths(cache)`.
+
+    Raises ValueError if the cache holds another number of rows.
+    """
+    progress: Progress = cache.layers[0].progress
+    states = [state for layer in cache.layers for state in layer.states]
+    if not progress.has_begun:
+        device = metadata.positions.device
+        if progress.rows and (progress.batch_size != batch_size or progress.seen.device != device):
+            for part in (progress.rows, *(state.tensors for state in states)):
+                part.clear()  # left by a reset, of another shape
+        progress.allocate(batch_size, device)
+    elif batch_size != progress.batch_size:
+        raise ValueError(
+            f"the cache holds {progress.batch_size} rows and the input has {batch_size}; beams and several sequences "
+            "per prompt need cache.batch_repeat_interleave(...) first."
+        )
+    is_recording = any(layer.record_past for layer in cache.layers)
+    metadata = metadata._replace(positions=metadata.positions.expand(batch_size, -1))
+    if not is_recording:
+        progress.history, progress.base = [], {}
+        for state in states:
+            state.history, state.base = [], {}
+    else:
+        if not progress.history:
+            progress.base = _clone(progress.rows)
+            for state in states:
+                state.base = _clone(state.tensors)
+        progress.history.append(metadata)
+    tokens = progress.advance(metadata, is_recording)
+    updates = [tuple(StateUpdate(state, tokens) for state in layer.states) for layer in cache.layers]
+    return [update if len(update) > 1 else update[0] for update in updates]
+
+
+def cache_lengths(cache: Cache | None) -> torch.Tensor | int:
+    """(batch,) positions taken by each row of the batch so far, 0 before the first token."""
+    return 0 if cache is None else cache.layers[0].progress.lengths
+
+
+def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
+    """Puts the states of a TransNormer into an empty `DynamicCache(config=...)` or `StaticCache(config=...)`.
 
     Their own layers cannot serve: those for linear attention neither count tokens nor follow beams, and a sliding
     window is not a block. It remains the same object, so that the caller's variable holds the state.
 
     Raises ValueError for a cache that was not made for this configuration, or that holds something else.
     """
-    if isinstance(cache, TransNormerCache):
-        return cache
-    if not isinstance(cache, Cache) or len(cache.layers) != len(config.layer_types):
+    layers = cache.layers if isinstance(cache, Cache) else []
+    if len(layers) != len(config.layer_types):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__} that was made without this model's configuration; use "
+            f"the cache is a {type(cache).__name__} that was made without this model's configuration; use "
             "TransNormerCache(model.config) or DynamicCache(config=model.config)."
         )
-    if any(_has_tokens(layer) for layer in cache.layers):
+    if all(isinstance(layer, TransNormerCacheLayer) for layer in layers):
+        return
+    if any(_has_tokens(layer) for layer in layers):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__} that holds keys and values of another kind; begin with an "
-            "empty TransNormerCache(model.config)."
+            f"the cache is a {type(cache).__name__} that holds keys and values of another kind; begin with an empty "
+            "TransNormerCache(model.config)."
         )
-    is_recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
-    is_compileable = isinstance(cache, StaticCache)
-    cache.__class__ = TransNormerCache
-    cache.__init__(config, is_compileable)
-    if is_recording:
-        cache.activate_past_recording()
-    return cache
+    new_layers = make_layers(config, is_compileable=isinstance(cache, StaticCache))
+    for old, new in zip(layers, new_layers, strict=True):
+        new.record_past = getattr(old, "record_past", False)
+    cache.layers[:] = new_layers
 
 
 def _has_tokens(layer: Any) -> bool:
     """Whether a layer of transformers' caches has taken anything in."""
     if isinstance(layer, CacheLayerMixin) and layer.get_seq_length():
         return True
-    return isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.has_previous_state.values())
+    has_state = getattr(layer, "has_previous_state", False)  # of linear attention: a dict, or a bool before 5.14
+    return any(has_state.values()) if isinstance(has_state, dict) else bool(has_state)
 
 
 def _real_columns(metadata: AttentionMetadata) -> torch.Tensor:
-    return torch.ones_like(metadata.positions, dtype=torch.bool) if metadata.is_real is None else metadata.is_real
+    if metadata.is_real is None:
+        return torch.ones_like(metadata.positions, dtype=torch.bool)
+    return metadata.is_real
+
+
+def _map(change: Callable[[torch.Tensor], torch.Tensor], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: change(tensor) for name, tensor in tensors.items()}
+
+
+def _clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return _map(torch.clone, tensors)
+
+
+def _restore(tensors: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> None:
+    """In place; an empty `base` stands for zeros."""
+    for name, tensor in tensors.items():
+        tensor.copy_(base[name]) if base else tensor.zero_()
 
 
 def _state_file(path: str | os.PathLike) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2CLS
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # Both attentions of each variant: T1 pairs relu blocks with phi = elu, T2 softmax blocks
 # with phi = 1 + elu.
@@ -13,6 +14,9 @@ VARIANTS = {
     "t1": {"diag_activation": "relu", "feature_map": "elu"},
     "t2": {"diag_activation": "softmax", "feature_map": "1+elu"},
 }
+
+# The argument and output that transformers called past_key_values before 5.24.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 # What each field may be. `layer_types` takes names that transformers knows: "chunked_attention" is DiagAttention,
 # "linear_attention" NormAttention, "hybrid" both in one layer (Table 12).
@@ -102,7 +106,7 @@ class TransNormerConfig(PreTrainedConfig):
     """
 
     model_type = "transnormer_hf"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE_NAME]
     attribute_map = {"attention_chunk_size": "block_size"}
     # The norm after the heads runs over the full width, so heads cannot be sharded by columns.
     base_model_tp_plan = None

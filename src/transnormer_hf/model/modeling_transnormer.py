@@ -6,15 +6,18 @@ projections, norms, feed-forwards and heads around them.
 """
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -30,8 +33,8 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_transnormer import StateView, TransNormerCache, adopt_cache
-from .configuration_transnormer import TransNormerConfig
+from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive
+from .configuration_transnormer import CACHE_NAME, TransNormerConfig
 from .ops_transnormer import (
     diag_attention,
     diag_attention_map,
@@ -145,7 +148,7 @@ class TransNormerAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         metadata: AttentionMetadata,
-        state: StateView | None = None,
+        state: StateUpdate | None = None,
         output_attentions: bool = False,
         query_input: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -185,7 +188,7 @@ class TransNormerAttention(nn.Module):
         value: torch.Tensor,
         metadata: AttentionMetadata,
         lrpe: LRPE | None,
-        state: StateView | None,
+        state: StateUpdate | None,
     ) -> torch.Tensor:
         raise NotImplementedError
 
@@ -196,7 +199,7 @@ class TransNormerAttention(nn.Module):
         value: torch.Tensor,
         metadata: AttentionMetadata,
         lrpe: LRPE | None,
-        state: StateView,
+        state: StateUpdate,
     ) -> torch.Tensor:
         """`attend` for one token after those in the state: the state takes it in, then the query meets the state."""
         raise NotImplementedError
@@ -217,7 +220,7 @@ class TransNormerNormAttention(TransNormerAttention):
     def attend(self, query, key, value, metadata, lrpe, state):
         if value.dtype == torch.float16:  # sums over a long context leave its range before the norm brings them back
             query, key, value = query.float(), key.float(), value.float()
-        past = None if state is None or state.tokens.is_prefill else state.state.tensors["state"]
+        past = None if state is None or state.tokens.is_prefill else state.past["state"]
         output, new_state = norm_attention(
             query,
             key,
@@ -233,7 +236,7 @@ class TransNormerNormAttention(TransNormerAttention):
             if state.tokens.is_recorded:  # the state may have to be built anew from these
                 wide = compute_dtype(key.dtype)
                 _, key = prepare_query_key(query.to(wide), key.to(wide), metadata, self.config.feature_map, lrpe)
-            state.state.append(key, value, state.tokens, new_state)
+            state.append(key, value, new_state)
         return output
 
     def step(self, query, key, value, metadata, lrpe, state):
@@ -248,7 +251,7 @@ class TransNormerNormAttention(TransNormerAttention):
         if lrpe is not None:
             query_key = apply_lrpe(query_key, metadata.positions, lrpe)
         query, key = query_key.chunk(2, 1)
-        state.state.append(key, value, state.tokens)
+        state.append(key, value)
         return state.state.attend(query)
 
     def attention_map(self, query, key, metadata, lrpe):
@@ -287,16 +290,16 @@ class TransNormerDiagAttention(TransNormerAttention):
             output = diag_attention(query, key, value, **options, metadata=metadata, backend=self.config.backend)
         else:  # the blocks of the new tokens begin with what the state holds
             block_size = self.config.block_size
-            past_key, past_value = state.state.past(state.tokens)
+            past_key, past_value = state.past_block()
             output = diag_attention(
                 nn.functional.pad(query, (0, 0, block_size, 0)),
                 torch.cat((past_key, key), 2),
                 torch.cat((past_value, value), 2),
                 **options,
-                metadata=state.tokens.metadata_with_past,
+                metadata=state.tokens.with_past,
                 backend=self.config.backend,
             )[:, :, block_size:]
-        state.state.append(key, value, state.tokens)
+        state.append(key, value)
         return output
 
     def step(self, query, key, value, metadata, lrpe, state):
@@ -304,7 +307,7 @@ class TransNormerDiagAttention(TransNormerAttention):
         if lrpe is not None:
             query_key = apply_lrpe(query_key, metadata.positions % self.config.block_size, lrpe)
         query, key = query_key.chunk(2, 1)
-        state.state.append(key, value, state.tokens)
+        state.append(key, value)
         return state.state.attend(query, state.tokens, self.options["activation"], self.options["scale"])
 
     def attention_map(self, query, key, metadata, lrpe):
@@ -324,7 +327,7 @@ class TransNormerHybridAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         metadata: AttentionMetadata,
-        state: tuple[StateView, StateView] | None = None,
+        state: tuple[StateUpdate, StateUpdate] | None = None,
         output_attentions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -380,7 +383,7 @@ class TransNormerLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         metadata: AttentionMetadata,
-        state: StateView | tuple[StateView, StateView] | None = None,
+        state: StateUpdate | tuple[StateUpdate, StateUpdate] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         # (batch, seq, hidden_size) throughout
@@ -438,7 +441,7 @@ class TransNormerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransNormerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": TransNormerLayer,
@@ -480,6 +483,7 @@ class TransNormerPreTrainedModel(PreTrainedModel):
 class TransNormerModel(TransNormerPreTrainedModel):
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
+        self.is_causal = config.is_causal  # of the layers; what forward is given as is_causal must agree
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
         self.embed_positions = TransNormerPositions(config)
@@ -501,29 +505,33 @@ class TransNormerModel(TransNormerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        r"""
+        past_key_values (`Cache`, *optional*):
+            The state of earlier tokens: a `TransNormerCache`, or a `DynamicCache(config=...)`, which becomes one.
+        cache (`Cache`, *optional*):
+            The name of `past_key_values` since transformers 5.24; either may be given on any release.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
+        cache = given_cache(past_key_values, cache)
+        check_other_arguments(kwargs, self.is_causal)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (batch, seq, hidden_size)
 
-        if past_key_values is not None:
-            if not self.config.is_causal:
-                raise ValueError(
-                    "past_key_values was given to a bidirectional model (is_causal=False), which has none."
-                )
-            past_key_values = adopt_cache(past_key_values, self.config)
-
-        metadata = self._metadata(
-            inputs_embeds, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q")
-        )
+        if cache is not None:
+            if not self.is_causal:
+                raise ValueError(f"{CACHE_NAME} was given to a bidirectional model (is_causal=False), which has none.")
+            adopt_cache(cache, self.config)
+        metadata = self._metadata(inputs_embeds, attention_mask, position_ids, cache, kwargs.get("cu_seq_lens_q"))
         is_packed = metadata.cu_seqlens is not None
-        if past_key_values is None and use_cache and self.config.is_causal and not self.training and not is_packed:
-            past_key_values = TransNormerCache(self.config)
-        states: list[Any] = [None] * len(self.layers)
-        if past_key_values is not None:
-            states = past_key_values.receive(metadata, batch_size=inputs_embeds.shape[0])
+        if cache is None and use_cache and self.is_causal and not self.training and not is_packed:
+            cache = TransNormerCache(self.config)
+        updates: list[Any] = [None] * len(self.layers)
+        if cache is not None:
+            updates = receive(cache, metadata, batch_size=inputs_embeds.shape[0])
         positions = metadata.positions.view(inputs_embeds.shape[:2]) if is_packed else metadata.positions
         if position_ids is not None:
             positions = position_ids
@@ -531,16 +539,16 @@ class TransNormerModel(TransNormerPreTrainedModel):
         hidden_states = self.dropout(self.embed_norm(hidden_states))
 
         kwargs.setdefault("output_attentions", self.config.output_attentions)
-        for layer, state in zip(self.layers, states, strict=True):
+        for layer, state in zip(self.layers, updates, strict=True):
             hidden_states = layer(hidden_states, metadata=metadata, state=state, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _metadata(
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        cache: TransNormerCache | None,
+        cache: Cache | None,
         cu_seqlens: torch.Tensor | None,
     ) -> AttentionMetadata:
         """Where the tokens stand, from whichever description of padding or packing was given."""
@@ -551,17 +559,66 @@ class TransNormerModel(TransNormerPreTrainedModel):
             if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < seq_len:
                 raise ValueError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}; supported is (batch, seq) = "
-                    f"{(batch_size, seq_len)}, or with the columns of past_key_values in front, of 1 for real tokens "
+                    f"{(batch_size, seq_len)}, or with the columns of earlier tokens in front, of 1 for real tokens "
                     "and 0 for padding. Causality is part of the model (is_causal), packed sequences are given by "
                     "position_ids that restart or by cu_seq_lens_q."
+                )
+            if attention_mask.shape[1] > seq_len and isinstance(cache_lengths(cache), int):
+                raise CacheError(
+                    f"attention_mask has {attention_mask.shape[1]} columns for {seq_len} tokens, and no state of the "
+                    f"tokens before them was given as {CACHE_NAME}. {_HOST_HAS_CHANGED}"
                 )
             attention_mask = attention_mask[:, -seq_len:]
         if cu_seqlens is not None:
             if cache is not None:
-                raise ValueError("packed sequences cannot fill a past_key_values; pass use_cache=False.")
+                raise ValueError(f"packed sequences cannot fill a {CACHE_NAME}; pass use_cache=False.")
             return attention_metadata(1, batch_size * seq_len, inputs_embeds.device, attention_mask, cu_seqlens)
-        offset = 0 if cache is None else cache.lengths
+        offset = cache_lengths(cache)
         return attention_metadata(batch_size, seq_len, inputs_embeds.device, attention_mask, position_offset=offset)
+
+
+class CacheError(ValueError, RuntimeError):
+    """The state of earlier tokens is missing or came by an unknown way. Going on would compute something else."""
+
+
+_HOST_HAS_CHANGED = (
+    f"This code knows it as past_key_values and cache, and runs with transformers {transformers.__version__}; if "
+    "`generate` called, use another release of transformers or pass use_cache=False."
+)
+
+# Tensors that forward takes in `**kwargs`: those of `TransformersKwargs` (lengths of packed sequences, and what the
+# loss is divided by), and what the tokenizers, Trainers and older releases of transformers hand to every model.
+PASSED_ON = {*TransformersKwargs.__annotations__, "cache_position", "shift_labels", "token_type_ids"}
+
+
+def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The one that was given. Raises ValueError if these are two different ones."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError(
+            f"cache and past_key_values are two names of one argument and were given two different caches; pass "
+            f"{CACHE_NAME} alone (its name in transformers {transformers.__version__})."
+        )
+    return past_key_values if cache is None else cache
+
+
+def check_other_arguments(kwargs: Mapping[str, Any], is_causal: bool) -> None:
+    """Raises if an argument that forward does not know would have changed the result.
+
+    CacheError for a cache under an unknown name, TypeError for a tensor, ValueError for `is_causal` against the model.
+    """
+    if kwargs.get("is_causal", is_causal) != is_causal:
+        raise ValueError(
+            f"is_causal={kwargs['is_causal']} was given to a model that was built with is_causal={is_causal}; set it "
+            "in the configuration."
+        )
+    for name, value in kwargs.items():
+        if isinstance(value, Cache):
+            raise CacheError(f"forward got a {type(value).__name__} as {name!r}. {_HOST_HAS_CHANGED}")
+        if isinstance(value, torch.Tensor) and name not in PASSED_ON:
+            raise TypeError(
+                f"forward got an unexpected tensor {name!r} of shape {tuple(value.shape)}; it would be ignored. "
+                f"What is passed on: {', '.join(sorted(PASSED_ON))}."
+            )
 
 
 def packed_boundaries(position_ids: torch.Tensor) -> torch.Tensor | None:
@@ -607,15 +664,22 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
+        r"""
+        past_key_values (`Cache`, *optional*):
+            The state of earlier tokens: a `TransNormerCache`, or a `DynamicCache(config=...)`, which becomes one.
+        cache (`Cache`, *optional*):
+            The name of `past_key_values` since transformers 5.24; either may be given on any release.
+        """
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=given_cache(past_key_values, cache),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -626,36 +690,56 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Puts a TransNormerCache into `model_kwargs`, whichever implementation was asked for or handed in."""
-        cache, implementation = model_kwargs.get("past_key_values"), generation_config.cache_implementation
-        if cache is not None:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-            cache = model_kwargs["past_key_values"] = adopt_cache(cache, self.config)
-            mask, seen = model_kwargs.get("attention_mask"), cache.get_seq_length()
-            length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-            if length is not None and length <= seen:
-                raise ValueError(
-                    f"The input has {length} tokens and past_key_values has taken in {seen}: pass the whole sequence, "
-                    "or the new tokens with an attention_mask for the whole sequence."
-                )
-        elif implementation == "quantized":
+        """As in transformers, but with the states of this model in the cache before the first forward.
+
+        forward would adopt the cache as well. Two things must happen earlier: a stock cache of linear attention alone
+        cannot tell its length, and transformers before 5.14 crops a cache without having asked it to record.
+        """
+        if generation_config.cache_implementation == "quantized":
             raise ValueError(
                 'cache_implementation="quantized" has nothing to gain here: the state is of constant size and held in '
                 "float32; leave cache_implementation out."
             )
-        elif generation_config.use_cache is not False:
-            is_static = implementation is not None and "static" in implementation
-            cache = model_kwargs["past_key_values"] = TransNormerCache(self.config, is_compileable=is_static)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
+        was_given = model_kwargs.get(CACHE_NAME) is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get(CACHE_NAME)
+        if cache is None:
+            return
+        adopt_cache(cache, self.config)
+        if not was_given:  # what `generate` returns can then be saved
+            layers, cache = cache.layers, TransNormerCache(self.config)
+            cache.layers = layers
+            model_kwargs[CACHE_NAME] = cache
+        is_assisted = generation_config.is_assistant or GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values())
+        if is_assisted and not hasattr(Cache, "activate_past_recording"):
+            cache.activate_past_recording()
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads its signature
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        new_ids, cache = inputs.get("input_ids"), inputs.get(CACHE_NAME)
+        if new_ids is None or new_ids.shape[1] == input_ids.shape[1]:
+            return inputs
+        total, new, seen = input_ids.shape[1], new_ids.shape[1], 0 if cache is None else cache.get_seq_length()
+        if not new:
+            raise ValueError(
+                f"The input has {total} tokens and {CACHE_NAME} has taken in {seen}: pass the whole sequence, or the "
+                "new tokens with an attention_mask for the whole sequence."
+            )
+        if seen + new < total:
+            raise CacheError(
+                f"generate hands over {new} of {total} tokens, and the state has taken in {seen}: it did not advance. "
+                f"{_HOST_HAS_CHANGED}"
+            )
+        return inputs
 
     @staticmethod
     def create_masks_for_generate(
