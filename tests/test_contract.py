@@ -303,7 +303,7 @@ class TestPeft:
         model = make_model()
         adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False))
         trainable = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-        assert {name.split(".")[-3] for name in trainable} == {"q_proj", "v_proj"}
+        assert {name.split(".")[-4] for name in trainable} == {"q_proj", "v_proj"}
         inputs = padded_prompts()
         adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
         assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
