@@ -47,7 +47,7 @@ import run_clm
 import run_glue
 import run_lra
 import run_mlm
-import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
+import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
 from transnormer_hf.hub.model_card import package_versions
 from transnormer_hf.research.diagnostics import GradientDeviationCallback, attention_report
 from transnormer_hf.research.diagnostics.log_normal import compare_concentration, compare_memory, log_normal_error

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
+import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
 from transnormer_hf.training.pretraining import Objective, PretrainingArguments, end_of_text, pretrain
 
 

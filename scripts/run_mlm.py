@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
+import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
 from transnormer_hf.training.pretraining import Objective, PretrainingArguments, make_packing, pretrain
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from ..model.configuration_transnormer import TransNormerConfig
 from ..tasks import lra
 from ..training.files import write_atomically
+from . import paper
 from .ablations import VANILLA_BACKBONE, ablation_config, find_ablations
 from .baselines import BaselineConfig
 from .baselines.modeling import backbone_fields
@@ -201,32 +202,7 @@ CURVES = {name: MODELS[name] for name in ("Vanilla", "1+elu", "T1", "T2")}
 ARENA_MODELS = {
     "Transformer": "softmax", "Performer": "performer", "cosFormer": "cosformer", "T1": "t1", "T2": "t2",
 }  # fmt: skip
-REPORTED = {
-    "2": {"1+elu": 0.58, "Performer": 0.47, "Vanilla": 0.25, "NormAttention": 0.20},
-    "4": {"Vanilla": 29.63, "1+elu": 32.63, "Performer": 75.29, "T1": 29.89, "T2": 29.57},
-}
-# Accuracies in percent, F1 of MRPC and Matthews correlation of CoLA; MNLI is the matched one.
-REPORTED_BY_COLUMN: dict[str, dict[str, dict[str, float]]] = {
-    "5": {
-        "mnli": {"Vanilla": 79.37, "1+elu": 74.87, "Performer": 58.85, "T1": 79.06, "T2": 77.28},
-        "qnli": {"Vanilla": 87.79, "1+elu": 82.59, "Performer": 63.44, "T1": 87.00, "T2": 85.39},
-        "qqp": {"Vanilla": 88.04, "1+elu": 86.90, "Performer": 79.10, "T1": 88.61, "T2": 88.56},
-        "sst2": {"Vanilla": 90.25, "1+elu": 87.27, "Performer": 81.42, "T1": 91.17, "T2": 90.71},
-        "mrpc": {"Vanilla": 88.35, "1+elu": 83.03, "Performer": 82.11, "T1": 84.50, "T2": 85.06},
-        "cola": {"Vanilla": 38.63, "Performer": 19.41, "T1": 45.38, "T2": 45.90},
-    },
-    "6": {
-        "listops": {"Transformer": 38.37, "Performer": 38.02, "cosFormer": 36.50, "T1": 41.03, "T2": 41.60},
-        "image": {"Transformer": 40.57, "Performer": 41.43, "cosFormer": 51.23, "T1": 51.60, "T2": 49.60},
-    },
-}
-GLUE_TASKS = tuple(REPORTED_BY_COLUMN["5"])
-# Training steps per second on an A6000.
-REPORTED_SPEED = {
-    "Transformer": {1024: 15.34},
-    "Performer": {1024: 28.41, 3072: 12.02, 5120: 9.06},
-    "T2": {1024: 29.41, 3072: 12.95, 5120: 10.16},
-}
+GLUE_TASKS = ("mnli", "qnli", "qqp", "sst2", "mrpc", "cola")  # MNLI is the matched one
 
 
 def in_vanilla_backbone(config: TransNormerConfig, attention: str) -> TransNormerConfig:
@@ -247,7 +223,7 @@ def pretrained_settings(attention: str, size: Scale, seed: int, data: Data) -> d
 
 def _gradient_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
     return [
-        Cell(table, row, "", REPORTED["2"][row], pretrained_settings(attention, size, seed, data))
+        Cell(table, row, "", paper.TABLE_2[row], pretrained_settings(attention, size, seed, data))
         for row, attention in GRADIENT_ROWS.items()
     ]
 
@@ -266,7 +242,9 @@ def _causal_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
         settings = masked_settings(in_vanilla_backbone(config, attention), size, seed, data["mlm"])
         training = {name: value for name, value in settings["training"].items() if name not in MASKED_ONLY}
         training["block_size"] = LENGTH
-        cells.append(Cell(table, row, "", REPORTED["4"][row], {**settings, "task": "clm", "training": training}))
+        cells.append(
+            Cell(table, row, "", paper.TABLE_4["validation"][row], {**settings, "task": "clm", "training": training})
+        )
     return cells
 
 
@@ -286,7 +264,7 @@ def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
             table,
             row,
             name,
-            REPORTED_BY_COLUMN["5"][name].get(row),
+            paper.TABLE_5[name].get(row),
             {
                 "task": "glue",
                 "name": name,
@@ -331,7 +309,7 @@ def _arena_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
                 "training": training,
                 "data": source,
             }
-            cells.append(Cell(table, row, name, REPORTED_BY_COLUMN["6"][name].get(row), settings))
+            cells.append(Cell(table, row, name, paper.TABLE_6[name].get(row), settings))
     return cells
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ..hub.model_card import markdown_table
 from ..training.files import replacing, write_atomically
+from . import paper
 from .ablations import find_ablations
 from .reproduction import (
     ABLATION_TABLES,
@@ -21,7 +22,6 @@ from .reproduction import (
     CURVES,
     GRADIENT_ROWS,
     MODELS,
-    REPORTED_SPEED,
     TABLES,
     read_cells,
 )
@@ -368,7 +368,7 @@ def draw_speed(results: Sequence[Result]) -> list[str]:
     for model in dict.fromkeys(model for model, _ in steps):
         ours = [f"{steps[model, length]:.3g}" if (model, length) in steps else "–" for length in lengths]
         lines.append([model, *ours])
-    for model, papers in REPORTED_SPEED.items():
+    for model, papers in paper.TABLE_7.items():
         lines.append([f"{model}, paper (A6000)", *(f"{papers[n]:g}" if n in papers else "–" for n in lengths)])
     return ["Training, steps per second.", markdown_table(["", *map(str, lengths)], lines)]
 
