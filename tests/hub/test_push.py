@@ -267,7 +267,7 @@ def test_xet_out_of_reach_falls_back_to_lfs(server, model_dir, unchecked, monkey
 
 
 def test_replacing_code_brings_a_folder_to_this_layout(model_dir, tmp_path):
-    """What is missing or differs is written, what is gone from the package removed, and links are not written through."""
+    """What differs is written, what is gone from the package removed; links are replaced, not written through."""
     (model_dir / "old_transnormer.py").write_text("old")
     (model_dir / "modeling_transnormer.py").unlink()
     original = tmp_path / "original.py"

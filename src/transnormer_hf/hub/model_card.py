@@ -288,7 +288,7 @@ def _registration(model: Any) -> str:
 
 
 def _eval_results(
-    evaluated: Iterable[EvaluatedSplit], titles: Mapping[str, str], dataset_name: str, **fields: str | None
+    evaluated: Iterable[EvaluatedSplit], titles: Mapping[str, str], dataset_name: str, **fields: Any
 ) -> list[EvalResult] | None:
     """The entries of the card's `model-index`; `{source}` in dataset_name is where the rows came from."""
     entries = [
@@ -460,7 +460,7 @@ def build_preset_card(folder: Path, requirements: Sequence[str]) -> ModelCard:
     )
 
 
-def _card_of_config(config: Any, data: Mapping[str, str], *, summary: str, **fields: Any) -> ModelCard:
+def _card_of_config(config: Any, data: Mapping[str, Any], *, summary: str, **fields: Any) -> ModelCard:
     return render_card(
         ModelCardData(
             library_name="transformers",
