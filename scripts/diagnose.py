@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a model's attention does on a text: one self-contained HTML page with a table and a figure per layer.
+"""Show what a model's attention does on a text: a self-contained HTML page with a table and a figure per layer.
 
     python scripts/diagnose.py --model outputs/my-model --text "A film without a single dull minute." --output page.html
 

@@ -7,9 +7,9 @@
     python scripts/run_clm.py --model_type llama --config_overrides hidden_size=256,num_hidden_layers=4 \\
         --tokenizer_name gpt2 --train_file train.txt --validation_file valid.txt --do_train --do_eval --output_dir out
 
-Any model that `AutoModelForCausalLM` knows can be trained, so a rival of the same size is the same call. Documents are
-packed into rows in which they do not see each other. `--do_eval` and `--do_predict` give the perplexity on the
-validation and the test text, per token and per word.
+Any model that `AutoModelForCausalLM` knows can be trained: a baseline of the same size takes the same command.
+Documents are packed into rows in which they do not see each other. `--do_eval` and `--do_predict` give the perplexity
+on the validation and the test text, per token and per word.
 """
 
 from collections.abc import Sequence

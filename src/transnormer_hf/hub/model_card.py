@@ -154,19 +154,6 @@ def build_glue_card(
             filed under the GLUE data set.
         training_args, max_seq_length, base_model, train_source, evaluated, results: As in `build_training_card`.
     """
-    name = f'"{_model_id(training_args)}"'
-    if hasattr(model, "peft_config"):
-        arguments = name, f"num_labels={task.num_labels}"
-        call = _call("AutoPeftModelForSequenceClassification.from_pretrained", *arguments, is_pinned=False)
-        loading_code = (
-            "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer\n\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({name})\nmodel = {call}"
-        )
-    else:
-        example = '{"text": "One sentence.", "text_pair": "Another one."}' if task.texts[1:] else '"One sentence."'
-        raw = ', function_to_apply="none"' if task.is_regression else ""
-        call = _call("pipeline", '"text-classification"', f"model={name}", is_pinned=ships_code(model))
-        loading_code = f"from transformers import pipeline\n\nclassifier = {call}\nprint(classifier({example}{raw}))"
     titles = {metric: METRIC_TITLES[metric] for metric in task.metrics}
     return _card_of_run(
         _Run(model, training_args, max_seq_length, base_model, train_source, evaluated, results),
@@ -175,7 +162,7 @@ def build_glue_card(
         origin="fine-tuned",
         titles=titles,
         tags=["glue"],
-        loading_code=loading_code,
+        loading_code=_glue_loading_code(task, model, f'"{_model_id(training_args)}"'),
         output_note=_labels(model.config)
         if task.labels
         else "The one output is a similarity score from 0 (unrelated) to 5 (the same meaning).",
@@ -197,6 +184,20 @@ def build_glue_card(
             dataset_config=task.name if official_data else None,
         ),
     )
+
+
+def _glue_loading_code(task: GlueTask, model: Any, name: str) -> str:
+    if hasattr(model, "peft_config"):
+        arguments = name, f"num_labels={task.num_labels}"
+        call = _call("AutoPeftModelForSequenceClassification.from_pretrained", *arguments, is_pinned=False)
+        return (
+            "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer\n\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({name})\nmodel = {call}"
+        )
+    example = '{"text": "One sentence.", "text_pair": "Another one."}' if task.texts[1:] else '"One sentence."'
+    raw = ', function_to_apply="none"' if task.is_regression else ""
+    call = _call("pipeline", '"text-classification"', f"model={name}", is_pinned=ships_code(model))
+    return f"from transformers import pipeline\n\nclassifier = {call}\nprint(classifier({example}{raw}))"
 
 
 class _Run(NamedTuple):

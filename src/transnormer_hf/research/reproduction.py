@@ -1,8 +1,8 @@
-"""The tables of "The Devil in Linear Transformer" at laptop scale: what each cell trains, and where its figures lie.
+"""The tables of "The Devil in Linear Transformer" at laptop scale: what each cell trains, and where its result is kept.
 
-A cell is a row of a table, in one of its columns, with one seed. Its settings say everything that its figures depend
-on, and nothing about the machine: cells with equal settings are one training, whatever the tables they stand in. Every
-cell has a file, `cells/<table>/<row>-<column>-seed<k>.json`.
+A cell is one row and column of a table, with one seed. Its settings are all that its figures depend on, and nothing
+about the machine; cells with equal settings share one run across tables. Every cell has a file,
+`cells/<table>/<row>-<column>-seed<k>.json`.
 
 `scripts/reproduce.py` runs the cells, `reproduction_report.py` draws their tables.
 """
@@ -35,15 +35,15 @@ EVALUATION_ROWS = 256
 ARENA_LENGTHS = {"listops": 512, "image": 1024}
 INPUT_SCALES = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
 
-# Our small encoders are pre-norm, as the released decoder. The paper's encoder, post-norm with learned positions, stays
-# for thousands of steps where it knows little more than how frequent words are, unless blocks make it look nearby.
+# Our small encoders are pre-norm, like the released decoder. The paper's encoder, post-norm with learned positions,
+# learns little more than word frequencies for thousands of steps, unless blocks make it look nearby.
 ENCODER: dict[str, Any] = {
     "norm_placement": "pre",
     "final_norm": "layer",
     "position_embedding": "sinusoidal",
     "scale_embedding": True,
 }
-# What the released decoder has and the encoder has not.
+# How the released decoder differs from the encoder.
 DECODER: dict[str, Any] = {
     "is_causal": True,
     "norm_placement": "pre",
@@ -65,7 +65,7 @@ class Scale(NamedTuple):
 
 
 def scale(budget: float) -> Scale:
-    """What a budget buys: its square root in steps, and in the products of a step, whose number is that of width².
+    """Width and steps for a budget: steps grow with its square root, and so does the work of a step, width².
 
     Raises ValueError unless the budget is positive.
     """
@@ -81,13 +81,13 @@ def scale(budget: float) -> Scale:
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of a table, and what has to be trained for it.
+    """One figure of a table, and the training behind it.
 
     Attributes:
         table: One of `TABLES`.
-        row, column: Where in it; the column is "" where there is one.
-        paper: The paper's figure, None where it is not known to us.
-        settings: Everything that the figures depend on, as json: task, seed, model, training, data.
+        row, column: Its place there; the column is "" in a table of one column.
+        paper: The paper's figure, None if we do not know it.
+        settings: All that the figures depend on, as JSON: task, seed, model, training, data.
     """
 
     table: str
@@ -115,12 +115,12 @@ def slug(text: str) -> str:
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
-    """A short name of the settings: equal for equal ones."""
+    """A short name for the settings; equal settings have equal names."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def model_settings(config: TransNormerConfig) -> dict[str, Any]:
-    """The fields of a configuration that make the model; those that follow from the tokenizer are left out."""
+    """The fields of a configuration that define the model, without those that follow from the tokenizer."""
     left_out = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "backend"}
     names = (*TransNormerConfig.__annotations__, *(("mixer", "mixer_options") if hasattr(config, "mixer") else ()))
     fields = {name: getattr(config, name) for name in names if name not in left_out}
@@ -128,9 +128,9 @@ def model_settings(config: TransNormerConfig) -> dict[str, Any]:
 
 
 def masked_config(size: Scale, variant: str) -> TransNormerConfig:
-    """A small encoder. Without dropout: training does not see the text much more than once.
+    """A small encoder, without dropout, since training sees the text hardly more than once.
 
-    Its initializer_range makes of an input of this width outputs as large as the released 0.02 makes of one of 768.
+    Its initializer_range gives outputs of the same size at this width as the released 0.02 does at width 768.
     """
     spread = round(0.02 * math.sqrt(768 / size.width), 4)
     return TransNormerConfig(**_sizes(size, LENGTH), **ENCODER, variant=variant, initializer_range=spread)
@@ -148,7 +148,7 @@ def _sizes(size: Scale, length: int) -> dict[str, Any]:
 
 
 def masked_settings(config: TransNormerConfig, size: Scale, seed: int, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Masked language modelling as in the authors' script, but for lengths, batch, steps and learning rate."""
+    """Masked language modelling as in the authors' script, except for lengths, batch, steps and learning rate."""
     return {
         "task": "mlm",
         "seed": seed,
@@ -173,9 +173,9 @@ def masked_settings(config: TransNormerConfig, size: Scale, seed: int, data: Map
 
 
 def plan_cells(tables: Sequence[str], seeds: Sequence[int], size: Scale, data: Data) -> list[Cell]:
-    """The cells of these tables: all of the first seed, then of the next.
+    """The cells of these tables: all those of the first seed, then those of the next.
 
-    data: what the settings say about the data of each task, by its name.
+    data: for each task, what the settings say about its data.
     """
     return [cell for seed in seeds for table in tables for cell in _PLANS[table](table, seed, size, data)]
 
@@ -206,7 +206,7 @@ GLUE_TASKS = ("mnli", "qnli", "qqp", "sst2", "mrpc", "cola")  # MNLI is the matc
 
 
 def in_vanilla_backbone(config: TransNormerConfig, attention: str) -> TransNormerConfig:
-    """T1 or T2 themselves; a rival, or NormAttention alone, in the backbone of Tables 1 and 3."""
+    """T1 or T2 as they are; a baseline or NormAttention alone in the backbone of Tables 1 and 3."""
     if attention in ("t1", "t2"):
         return config
     if attention == "norm":
@@ -216,7 +216,7 @@ def in_vanilla_backbone(config: TransNormerConfig, attention: str) -> TransNorme
 
 
 def pretrained_settings(attention: str, size: Scale, seed: int, data: Data) -> dict[str, Any]:
-    """The masked language model with this attention; two of those in Tables 2 and 5 are also in 1, 3 and 8 to 12."""
+    """The masked language model with this attention; some are shared by Tables 2 and 5 with 1, 3 and 8 to 12."""
     config = masked_config(size, attention if attention == "t1" else "t2")
     return masked_settings(in_vanilla_backbone(config, attention), size, seed, data["mlm"])
 
@@ -299,7 +299,7 @@ def _arena_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
             variant = attention if attention == "t1" else "t2"
             sizes = {**_sizes(size, length), "intermediate_size": 2 * size.width}
             config = task.config(variant, **sizes)
-            if attention not in ("t1", "t2"):  # of this task, whose backbone is another one already
+            if attention not in ("t1", "t2"):  # in the task's own backbone
                 config = BaselineConfig(**backbone_fields(config), mixer=attention)
             settings = {
                 "task": "lra",
@@ -344,12 +344,12 @@ def cell_file(folder: Path, cell: Cell) -> Path:
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
-    """What the files of all cells hold."""
+    """The contents of all cells' files."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cells/*/*.json"))]
 
 
 def find_result(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A result of a training with these settings. One that failed is none: it is tried again."""
+    """The result of a run with these settings; a failed run does not count, it is tried again."""
     for result in results:
         if result["settings"] == settings and result["status"] != "failed":
             return result
@@ -357,7 +357,7 @@ def find_result(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any
 
 
 def check_folder(folder: Path, cells: Sequence[Cell], results: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where a cell's file holds a result of other settings: it would be lost."""
+    """Raises ValueError if a cell's file holds the result of other settings, which would be overwritten."""
     for cell in cells:
         for result in results:
             if place_of(result) == cell.place and result["settings"] != cell.settings:
@@ -380,19 +380,19 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 
 
 def place_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a result stands, as `Cell.place`."""
+    """The place of a result, as `Cell.place`."""
     return {name: result[name] for name in ("table", "row", "column", "seed")}
 
 
 def without_place(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What can be said of another cell of the same settings."""
+    """The part of a result that holds for any cell with the same settings."""
     return {name: value for name, value in result.items() if name not in (*place_of(result), "paper")}
 
 
 def write_cell(folder: Path, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a cell's file and return what it holds.
+    """Write a cell's file and return its content.
 
-    result: "status" ("done", "diverged" or "failed"), "figures", "seconds", "versions", and what else there is to say.
+    result: "status" ("done", "diverged" or "failed"), "figures", "seconds", "versions", and anything worth noting.
     """
     content = {**cell.place, "paper": cell.paper, **result, "settings": cell.settings}
     write_atomically(cell_file(folder, cell), json.dumps(content, indent=1, allow_nan=False) + "\n")
