@@ -7,18 +7,18 @@
     python scripts/benchmark_model.py --table7          # the form of the paper's Table 7
 
 All models have 6 layers, width 512, 8 heads, random weights and no dropout. A training step is forward, cross-entropy
-over every token, and backward; no optimizer. Inference is a forward that gives the logits of every token. Decoding is
-one token more after a context that the model has taken in.
+over every token, and backward; no optimizer. Inference is a forward that returns the logits of every token. Decoding is
+one more token after a context that the model has read.
 
-Nothing wrong is timed: each model is checked on a short input first (TransNormer against its definition in float64,
-forward and backward; causal or not, as it claims; decoding against the full forward), and every length is run once for
-finite results. Models take turns run by run (A B C A B C ...), so that a slow minute of the machine hits all of them.
-A run of many seconds is not warmed up for, and is repeated less often: as --max_seconds_per_cell allows.
+Only correct models are timed: each is first checked on a short input (TransNormer against its definition in float64,
+forward and backward; causality as claimed; decoding against the full forward), and every length must give finite
+results once. Models take turns run by run (A B C A B C ...), so that a slow minute of the machine hits all of them.
+Runs of many seconds get no warm-up and fewer repeats, as --max_seconds_per_cell allows.
 
-Peak memory is that of one run above what was held before it, so without the weights, and in training with their
-gradients. On a GPU it is torch's count of allocated bytes. On the CPU it is resident memory: each model and length gets
-a process of its own, whose high-water mark is read after its first run (Linux; elsewhere ru_maxrss, which may hide a
-small peak behind an earlier one). With --quick the process is this one, and the figure only shows that it is measured.
+Peak memory is that of one run above what was held before: without the weights, but in training with their gradients.
+On a GPU it is torch's count of allocated bytes. On the CPU it is resident memory: each model and length gets a process
+of its own, whose high-water mark is read after its first run (on Linux; elsewhere ru_maxrss, in which an earlier peak
+may hide a smaller one). With --quick it is measured in this process, only to show that it can be.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""What a model's attention does on a text: one self-contained HTML page with a table and a figure per layer.
+"""Show what a model's attention does on a text: a self-contained HTML page with a table and a figure per layer.
 
     python scripts/diagnose.py --model outputs/my-model --text "A film without a single dull minute." --output page.html
 
---model is a folder or a repository with a tokenizer: TransNormer, one of its rivals, or any model of transformers that
-gives attentions (BERT, GPT-2, ...). --text may be given several times; the texts become one padded batch. Needs
-matplotlib (the extra `plot`).
+--model is a folder or a repository with a tokenizer: TransNormer, a baseline, or any model of transformers that
+returns attentions (BERT, GPT-2, ...). --text may be repeated; the texts become one padded batch. Needs matplotlib (the
+extra `plot`).
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import AutoModel, AutoTokenizer
 
-import transnormer_hf.research.baselines  # noqa: F401  (registers TransNormer and its rivals)
+import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
 from transnormer_hf.research.diagnostics import attention_report
 from transnormer_hf.research.diagnostics.maps import EDGES
 from transnormer_hf.training.files import write_atomically

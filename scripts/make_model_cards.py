@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from transnormer_hf.hub.architecture_card import build_preset_card
+from transnormer_hf.hub.model_card import build_preset_card
 from transnormer_hf.training.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent

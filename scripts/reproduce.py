@@ -1,19 +1,19 @@
 #!/usr/bin/env python
-"""Repeat the tables of "The Devil in Linear Transformer" at laptop scale, and say which of its conclusions hold there.
+"""Reproduce the tables of "The Devil in Linear Transformer" at laptop scale, and report which conclusions hold there.
 
     python scripts/reproduce.py --table 1 8 --budget 0.35 --train_file train.txt --validation_file valid.txt
     python scripts/reproduce.py --table 8 9 10 11 12 --seeds 1 2     # WikiText-2 from the Hub
     python scripts/reproduce.py --table fig2 --rows Vanilla 1+elu --max_steps 3750   # some rows, for longer
-    python scripts/reproduce.py --table 8 --list                     # what there is to do, and how long it takes
-    python scripts/reproduce.py --only_draw                          # results.md and the figures anew
+    python scripts/reproduce.py --table 8 --list                     # which cells are left, and how long they take
+    python scripts/reproduce.py --only_draw                          # draw results.md and the figures again
 
-A cell is one training: a row of a table in one of its columns, with one seed. What it finds is kept in a json file, and
-a cell whose file is there is not run again; a command that was interrupted goes on with the next cell. Rows of several
-tables that are the same model are trained once. On a machine with free cores, give each seed a command of its own.
+A cell is one training run: a row and column of a table, with one seed. Its result is kept in a JSON file, and a cell
+that has one is not run again, so an interrupted command resumes with the next cell. Rows of several tables that are the
+same model share one run. On a machine with free cores, start one command per seed.
 
-The text is cut by a byte-level BPE of 1024 tokens that is trained on the training text: with a large vocabulary, a
-small model spends its time on the last matrix, and its few minutes on learning how frequent words are. Perplexities are
-per such token, and only to be compared with each other.
+The text is tokenised by a byte-level BPE of 1024 tokens, trained on the training text: with a large vocabulary, a small
+model would spend its time in the output matrix, and its few minutes on word frequencies. Perplexities are per such
+token and comparable only with each other.
 """
 
 import argparse
@@ -47,7 +47,7 @@ import run_clm
 import run_glue
 import run_lra
 import run_mlm
-import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
+import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
 from transnormer_hf.hub.model_card import package_versions
 from transnormer_hf.research.diagnostics import GradientDeviationCallback, attention_report
 from transnormer_hf.research.diagnostics.log_normal import compare_concentration, compare_memory, log_normal_error
@@ -165,7 +165,7 @@ def text_source(options: argparse.Namespace, split: str) -> TextSource:
 
 
 def describe_text(options: argparse.Namespace) -> dict[str, Any]:
-    """What the settings say about text and tokenizer: names and checksums, no paths."""
+    """Text and tokenizer as the settings record them: names and checksums, no paths."""
     tokenizer = (
         {"name": Path(options.tokenizer_name).name}
         if options.tokenizer_name
@@ -182,14 +182,14 @@ def describe_file(file: Path) -> dict[str, str]:
 
 
 def glue_files(folder: Path, name: str) -> list[Path]:
-    """The official files of a task that are read, empty if one is missing."""
+    """The official files that a task reads; empty if one is missing."""
     task = get_task(name)
     files = [folder / task.title / file for file in ("train.tsv", *task.eval_files.values())]
     return files if all(file.is_file() for file in files) else []
 
 
 def describe_glue(options: argparse.Namespace) -> dict[str, Any]:
-    """What the settings say about the data of each task of Table 5 that there is."""
+    """The data of each available task of Table 5 as the settings record them."""
     if options.glue_dir is None:
         return {name: {"dataset": f"{HUB_DATASET} {name}"} for name in GLUE_TASKS}
     found = {name: glue_files(options.glue_dir, name) for name in GLUE_TASKS}
@@ -214,7 +214,7 @@ def describe_arena(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare_tokenizer(options: argparse.Namespace, text: Mapping[str, Any]) -> str:
-    """The tokenizer of all cells: its folder, or its name on the Hub. One that is trained is kept in `output_dir`."""
+    """The tokenizer of all cells, by folder or name on the Hub. A trained one is kept in `output_dir`."""
     if options.tokenizer_name is not None:
         tokenizer = load_tokenizer(ModelArguments(tokenizer_name=options.tokenizer_name))
         if tokenizer.mask_token is None:
@@ -259,7 +259,7 @@ def choose_rows(cells: Sequence[Cell], rows: Sequence[str] | None) -> Sequence[C
 
 
 def run_cells(options: argparse.Namespace, cells: Sequence[Cell], tokenizer: str) -> None:
-    """Run the cells that have no file yet, one after the other, until the time is over."""
+    """Run the cells that have no file yet, one after another, until time is up."""
     began = time.monotonic()
     for number, cell in enumerate(cells, start=1):
         results = read_cells(options.output_dir)  # another command may have written some
@@ -278,7 +278,7 @@ def run_cells(options: argparse.Namespace, cells: Sequence[Cell], tokenizer: str
 
 
 def run_cell(options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str) -> dict[str, Any]:
-    """Train and measure; what goes wrong is a result as well."""
+    """Train and measure; an error is recorded as a result too."""
     part = options.output_dir / "runs" / f".{settings_key(settings)}"
     shutil.rmtree(part, ignore_errors=True)  # of a command that was killed: the cell begins again
     began = time.perf_counter()
@@ -296,7 +296,7 @@ def run_cell(options: argparse.Namespace, settings: Mapping[str, Any], tokenizer
 
 
 class DivergenceWatch(GradientDeviationCallback):
-    """Also ends training after the first gradient that is not finite."""
+    """Also stops training at the first gradient that is not finite."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not math.isfinite(self.norms[-1]):
@@ -306,7 +306,7 @@ class DivergenceWatch(GradientDeviationCallback):
 def run_language_model(
     options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str, folder: Path
 ) -> dict[str, Any]:
-    """A masked or causal language model: perplexity, spread of the gradients, and attention maps of a masked one."""
+    """A language model: perplexity, deviation of the gradients, and attention maps if it is a masked one."""
     is_masked = settings["task"] == "mlm"
     watch = DivergenceWatch()
     arguments = {
@@ -336,7 +336,7 @@ def run_language_model(
 
 
 def training_arguments(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What all training scripts take."""
+    """The arguments of all training scripts."""
     return {
         **settings["training"],
         "seed": settings["seed"],
@@ -369,7 +369,7 @@ def text_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_attention(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Of the maps of the first validation texts: accumulated attention, entropy and spectral gap of each layer."""
+    """Accumulated attention, entropy and spectral gap of each layer on the first validation texts."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = (text for text in text_source(options, "validation").documents() if text.strip())
     batch = tokenizer(
@@ -384,7 +384,7 @@ def measure_attention(options: argparse.Namespace, folder: Path) -> dict[str, An
 def run_classifier(
     options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str, folder: Path
 ) -> dict[str, Any]:
-    """A GLUE task: the masked language model of the settings is fine-tuned, and trained before if it is not there."""
+    """A GLUE task: fine-tune the masked language model of the settings, which is trained first if need be."""
     pretrained = options.output_dir / "runs" / settings_key(settings["pretrained"])
     if not pretrained.is_dir():
         found = run_cell(options, settings["pretrained"], tokenizer)
@@ -469,7 +469,7 @@ def headline(content: Mapping[str, Any]) -> str:
 
 
 def list_cells(folder: Path, cells: Sequence[Cell]) -> str:
-    """The cells, which of them are done, and how long the others take by those."""
+    """The cells, which of them are done, and how long the others should take."""
     results = read_cells(folder)
     lines, open_settings = [], {}
     for cell in cells:
@@ -482,7 +482,7 @@ def list_cells(folder: Path, cells: Sequence[Cell]) -> str:
 
 
 def estimate(results: Sequence[Mapping[str, Any]], tasks: Iterable[str]) -> str:
-    """The minutes that trainings of these tasks take, by the mean of those that there are; else nothing."""
+    """Estimated minutes for runs of these tasks, from the mean of finished ones; empty if a task has none."""
     seconds: dict[str, list[float]] = {}
     for result in results:
         seconds.setdefault(result["settings"]["task"], []).append(result["seconds"])

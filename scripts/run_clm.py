@@ -7,9 +7,9 @@
     python scripts/run_clm.py --model_type llama --config_overrides hidden_size=256,num_hidden_layers=4 \\
         --tokenizer_name gpt2 --train_file train.txt --validation_file valid.txt --do_train --do_eval --output_dir out
 
-Any model that `AutoModelForCausalLM` knows can be trained, so a rival of the same size is the same call. Documents are
-packed into rows in which they do not see each other. `--do_eval` and `--do_predict` give the perplexity on the
-validation and the test text, per token and per word.
+Any model that `AutoModelForCausalLM` knows can be trained: a baseline of the same size takes the same command.
+Documents are packed into rows in which they do not see each other. `--do_eval` and `--do_predict` give the perplexity
+on the validation and the test text, per token and per word.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
+import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
 from transnormer_hf.training.pretraining import Objective, PretrainingArguments, end_of_text, pretrain
 
 

@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
+import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
 from transnormer_hf.hub.model_card import EvaluatedSplit, build_glue_card
 from transnormer_hf.tasks.glue import (
     FILE_FORMATS,

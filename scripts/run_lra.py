@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.utils.logging import tqdm
 
-import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
+import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
 from transnormer_hf.hub.model_card import EvaluatedSplit, build_training_card
 from transnormer_hf.tasks.listops import ListOpsLimits
 from transnormer_hf.tasks.lra import (

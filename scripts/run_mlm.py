@@ -7,8 +7,9 @@
     python scripts/run_mlm.py --model_type bert --tokenizer_name bert-base-uncased --train_file train.txt \\
         --validation_file valid.txt --do_train --do_eval --output_dir out
 
-Any model that `AutoModelForMaskedLM` knows can be trained, so a rival of the same size is the same call. Documents are
-packed into rows in which they do not see each other; for a model that would look across, a row holds one and padding.
+Any model that `AutoModelForMaskedLM` knows can be trained: a baseline of the same size takes the same command.
+Documents are packed into rows in which they do not see each other; a model that cannot keep them apart gets one
+document and padding per row.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
+import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
 from transnormer_hf.training.pretraining import Objective, PretrainingArguments, make_packing, pretrain
 
 

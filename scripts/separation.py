@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Softmax against linear attention on one planted token: closed form and measurement, and what training makes of it.
+"""Softmax against linear attention on one planted token: closed form, measurement, and what training achieves.
 
     python scripts/separation.py --output_dir outputs/separation             # the planted token, seconds
     python scripts/separation.py --train --output_dir outputs/separation     # and single-location regression, minutes
 
 The question is that of "Superiority of Softmax" (arXiv 2310.11685): can attention tell a text with one marked token
-from one without, however long it is? Its theorem and constants could not be checked against the paper. Both experiments
-are stand-ins of our own.
+from one without, however long it is? We could not check its theorem and constants against the paper. Both experiments
+are our own stand-ins.
 
 Planted token. One key of n has the score (a + c) log n, all others c log n; a is 1.2 in texts with a marked token and
 0.01 in those without, c is 0.1. Softmax gives it the weight n^a / (n^a + n - 1), linear attention, whose weights are
@@ -15,9 +15,9 @@ the weights. Measured are the attentions of this package, in float64, on keys th
 `scaled_linear_attention` with features whose products are the scores.
 
 Single-location regression (the task of arXiv 2509.21936, in numbers of our own). A text is n Gaussian vectors, one of
-which, at a random place, is set apart along one direction; the target is its part along another. Two layers of each
-attention read it off at a first, constant token; T1 and T2 have a DiagAttention and a NormAttention. The figure is the
-share of the variance explained on fresh texts, 1 at best.
+which, at a random place, is shifted in one direction; the target is its component in another. Two layers of each
+attention predict it at a first, constant token; T1 and T2 have a DiagAttention and a NormAttention. The figure is the
+share of the targets' variance that is explained on fresh texts, at best 1.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def planted_weight(n: int, a: float, attention: str) -> float:
 
 
 def measure_planted_weight(n: int, a: float, attention: str) -> float:
-    """The same, out of an attention over n tokens: values are 1 at the planted token and 0 elsewhere."""
+    """The same, measured: an attention over n tokens whose values are 1 at the planted token and 0 elsewhere."""
     length = torch.tensor(n, dtype=torch.float64)
     scores = torch.full((1, 1, n, 1), COMMON, dtype=torch.float64)
     planted = int(torch.randint(n, ()))
@@ -108,7 +108,7 @@ def draw_texts(count: int, n: int, generator: torch.Generator) -> tuple[torch.Te
 
 
 def make_layers(name: str, n: int) -> PreTrainedModel:
-    """Two layers with a rival, or of T1 or T2: a DiagAttention, then a NormAttention."""
+    """Two layers of a baseline, or of T1 or T2: a DiagAttention, then a NormAttention."""
     fields: dict[str, Any] = {
         "vocab_size": 3,
         "hidden_size": WIDTH,

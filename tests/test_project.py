@@ -1,6 +1,7 @@
 """The project as a whole: versions agree, imports stay light, and the checkout stands alone."""
 
 import ast
+import importlib
 import importlib.metadata
 import re
 import subprocess
@@ -68,6 +69,30 @@ def test_every_module_imports_without_the_extras():
         ["sklearn", "scipy", "tensorboard", "matplotlib", "pytest", "triton"],
         [f"transnormer_hf.{module}" for module in MODULES],
     )
+
+
+def test_importing_the_package_loads_the_model_alone_and_prints_nothing():
+    code = (
+        "import sys, transnormer_hf\n"
+        "rooms = {name.split('.')[1] for name in sys.modules if name.startswith('transnormer_hf.')}\n"
+        "assert rooms == {'model'}, rooms"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    {
+        "baselines": "baseline_config",
+        "diagnostics": "attention_report",
+        "glue": "TASKS",
+        "hub": "push_to_hub",
+        "sequence_parallel": "make_sequence_parallel",
+    }.items(),
+)
+def test_the_paths_of_earlier_releases_still_work(path, name):
+    assert hasattr(importlib.import_module(f"transnormer_hf.{path}"), name)
 
 
 def imports(tree: ast.AST) -> list[tuple[int, str, list[str]]]:

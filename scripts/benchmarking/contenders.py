@@ -50,7 +50,7 @@ def transnormer_config(size: Size, length: int, variant: str, causal: bool) -> T
 def build_transnormer(
     size: Size, length: int, variant: str, causal: bool, attend: Attend | None = None
 ) -> PreTrainedModel:
-    """TransNormer, its attention replaced where `attend` is given."""
+    """TransNormer, with `attend` in place of its attentions if given."""
     config = transnormer_config(size, length, variant, causal)
     model = (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_config(config)
     if attend is not None:
@@ -58,17 +58,29 @@ def build_transnormer(
     return model
 
 
-def build_rival(size: Size, length: int, mixer: str) -> PreTrainedModel:
+def build_baseline(size: Size, length: int, mixer: str) -> PreTrainedModel:
     config = baseline_config(transnormer_config(size, length, "t2", causal=False), mixer)
     return AutoModelForMaskedLM.from_config(config)
 
 
 def replace_attention(model: PreTrainedModel, attend: Attend) -> None:
     """Put a function of (batch, heads, seq, head_dim) queries, keys and values in the place of every attention."""
-    for module in model.modules():
-        if isinstance(module, TransNormerAttention):
-            # an instance's own attribute goes before the method of its class
-            module.__dict__["attend"] = lambda query, key, value, *_: attend(query, key, value)
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, TransNormerAttention):
+                setattr(parent, name, ReplacedAttention(module, attend))
+
+
+class ReplacedAttention(TransNormerAttention):
+    """The projections and the norm of an attention around another function."""
+
+    def __init__(self, attention: TransNormerAttention, function: Attend):
+        torch.nn.Module.__init__(self)
+        self.__dict__.update(attention.__dict__)
+        self.function = function
+
+    def attend(self, query, key, value, *_):
+        return self.function(query, key, value)
 
 
 def use_definition(model: PreTrainedModel) -> None:
@@ -109,12 +121,12 @@ def build_peer(size: Size, length: int, model_type: str, causal: bool) -> PreTra
     return (AutoModelForCausalLM if causal else AutoModelForMaskedLM).from_config(config)
 
 
-# What takes the place of an attention where a step without it is timed.
+# Stands in for the attention to time a step without it.
 
 
 class IdentityOnValue(torch.autograd.Function):
-    """The values, as they are. Queries and keys get gradients of zero, so that their projections still cost what they
-    do: what is left of a step is all but the attention itself."""
+    """Returns the values. Queries and keys get zero gradients, so that their projections cost what they always do: a
+    step is all but the attention itself."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -142,18 +154,18 @@ def peer(model_type: str, causal: bool = False, cache: str | None = None, **opti
 
 
 def t2_without_attention() -> Contender:
-    """Causal T2 with the values, as they are, in the place of what attention makes of them."""
+    """Causal T2 whose attentions return their values."""
     build = functools.partial(build_transnormer, variant="t2", causal=True, attend=identity_on_value)
     return Contender(build, True, functools.partial(replace_attention, attend=lambda query, key, value: value))
 
 
 def in_one_backbone(mixer: str) -> Contender:
-    """Bidirectional T2 with a rival in every layer, and neither LRPE nor a norm around that."""
-    return Contender(functools.partial(build_rival, mixer=mixer), define=use_definition)
+    """Bidirectional T2 with a baseline in every layer, without LRPE and without a norm after it."""
+    return Contender(functools.partial(build_baseline, mixer=mixer), define=use_definition)
 
 
 FLOOR = "t2-identity"
-# The order is that of the turns, and where time runs out, what comes last is left out.
+# In the order of the turns; when time runs out, the last ones are left out.
 CONTENDERS = {
     "transnormer-t2": transnormer("t2", causal=True),
     FLOOR: t2_without_attention(),

@@ -1,8 +1,5 @@
 """TransNormer for Hugging Face Transformers. Importing this package registers its models with the Auto classes."""
 
-from typing import Any
-
-from huggingface_hub import CommitInfo
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -44,34 +41,23 @@ AutoConfig.register(TransNormerConfig.model_type, TransNormerConfig, exist_ok=Tr
 TransNormerConfig.register_for_auto_class()
 for _auto_class, _model_class in AUTO_CLASSES.items():
     _auto_class.register(TransNormerConfig, _model_class, exist_ok=True)
-    # what makes save_pretrained write the code beside the weights
+    # Makes save_pretrained write the code beside the weights.
     _model_class.register_for_auto_class(_auto_class.__name__)
 
 
-def _push_to_hub(self: TransNormerPreTrainedModel, repo_id: str, **kwargs: Any) -> CommitInfo:
-    """As in transformers, and the repository is complete: see `transnormer_hf.hub.push.push_model`."""
-    from .hub.push import push_model
-
-    return push_model(self, repo_id, **kwargs)
-
-
-TransNormerPreTrainedModel.push_to_hub = _push_to_hub
-
-# The rivals register with the Auto classes as well.
-from .research import baselines  # noqa: E402
-
 try:
-    from peft.utils import constants as peft_constants
+    from peft import utils as peft_utils
 except ImportError:  # peft is not installed
     pass
 else:
-    # The modules that LoraConfig() and IA3Config() adapt where the user names none.
-    for _mapping, _modules in {
+    # The modules that LoraConfig() and IA3Config() adapt where the user names none. peft has no call to register them;
+    # its tuners look them up by model type in these tables, which peft.utils exports.
+    for _table, _modules in {
         "LORA_TARGET": ["q_proj", "v_proj"],
         "IA3_TARGET": ["k_proj", "v_proj", "down_proj"],
         "IA3_FEEDFORWARD": ["down_proj"],
     }.items():
-        _defaults = getattr(peft_constants, f"TRANSFORMERS_MODELS_TO_{_mapping}_MODULES_MAPPING")
+        _defaults = getattr(peft_utils, f"TRANSFORMERS_MODELS_TO_{_table}_MODULES_MAPPING")
         _defaults.setdefault(TransNormerConfig.model_type, _modules)
 
 __all__ = [
@@ -85,7 +71,6 @@ __all__ = [
     "TransNormerForTokenClassification",
     "TransNormerModel",
     "TransNormerPreTrainedModel",
-    "baselines",
     "diag_attention",
     "norm_attention",
     "simple_rms_norm",

@@ -111,7 +111,7 @@ def test_a_model_of_transformers_needs_no_trust():
     assert "# tiny: BERT for SST-2" in str(card)
 
 
-def test_a_rival_is_loaded_with_the_package_that_has_its_code():
+def test_a_baseline_is_loaded_with_the_package_that_has_its_code():
     """Its code does not lie beside its weights, so there is nothing to trust or to pin."""
     config = BaselineConfig(**TINY, id2label=LABELS, mixer="performer")
     glue = build(model=AutoModelForSequenceClassification.from_config(config))
@@ -119,7 +119,9 @@ def test_a_rival_is_loaded_with_the_package_that_has_its_code():
     for card in (glue, pretraining):
         (code,) = re.findall(r"```python\n(.*?)```", str(card), flags=re.DOTALL)
         compile(code, "card", "exec")
-        assert code.startswith("import transnormer_hf  # the model's code: pip install transnormer-hf\n")
+        assert code.startswith(
+            "import transnormer_hf.research.baselines  # the model's code: pip install transnormer-hf\n"
+        )
         assert "custom_code" not in card.data.tags
         assert "trust_remote_code" not in str(card)
 

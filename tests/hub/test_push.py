@@ -20,7 +20,8 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 import push_to_hub as script
 from transnormer_hf import TransNormerForCausalLM, TransNormerForSequenceClassification, __version__
 from transnormer_hf.hub import push as hub
-from transnormer_hf.hub.push import HubError, load_metric_table, plan_upload, push_to_hub
+from transnormer_hf.hub.push import HubError, load_metric_table, plan_upload, push_model, push_to_hub
+from transnormer_hf.hub.staging import replace_code, shipped_code
 from transnormer_hf.model.configuration_transnormer import AUTO_MAP
 
 REPO = "user/film"
@@ -262,6 +263,28 @@ def test_xet_out_of_reach_falls_back_to_lfs(server, model_dir, unchecked, monkey
     assert constants.HF_HUB_DISABLE_XET is False
 
 
+# ---- Code of an older layout ----
+
+
+def test_replacing_code_brings_a_folder_to_this_layout(model_dir, tmp_path):
+    """What differs is written, what is gone from the package removed; links are replaced, not written through."""
+    (model_dir / "old_transnormer.py").write_text("old")
+    (model_dir / "modeling_transnormer.py").unlink()
+    original = tmp_path / "original.py"
+    original.write_text("mine")
+    (model_dir / "configuration_transnormer.py").unlink()
+    (model_dir / "configuration_transnormer.py").symlink_to(original)
+    written, removed = replace_code(model_dir)
+    assert written == ["configuration_transnormer.py", "modeling_transnormer.py"]
+    assert removed == ["old_transnormer.py"]
+    assert original.read_text() == "mine"
+    assert [path.name for path in shipped_code()] == SHIPPED
+    assert {path.name: path.read_bytes() for path in model_dir.glob("*_transnormer.py")} == {
+        path.name: path.read_bytes() for path in shipped_code()
+    }
+    assert replace_code(model_dir) == ([], [])
+
+
 # ---- Models and the Trainer push by themselves ----
 
 
@@ -273,9 +296,14 @@ def assert_complete(files: dict[str, bytes]) -> None:
     assert card.data.library_name == "transformers"
 
 
+def test_the_push_of_transformers_gives_a_repository_that_loads(server):
+    TransNormerForCausalLM(tiny_config()).push_to_hub(REPO)
+    assert_complete(server.files(REPO))
+
+
 def test_a_model_pushes_a_complete_repository(server, unchecked):
     model = TransNormerForCausalLM(tiny_config())
-    commit = model.push_to_hub("film", private=True, commit_message="A first try", tags="films")
+    commit = push_model(model, "film", private=True, commit_message="A first try", tags="films")
     assert_complete(server.files(REPO))
     repository = server.repositories[REPO]
     assert repository.is_private
@@ -287,7 +315,7 @@ def test_a_model_pushes_a_complete_repository(server, unchecked):
 
     tuned = server.files(REPO)["README.md"].decode().replace("has not been evaluated", "was read by many")
     HfApi(endpoint=server.url).upload_file(path_or_fileobj=tuned.encode(), path_in_repo="README.md", repo_id=REPO)
-    model.push_to_hub(REPO)
+    push_model(model, REPO)
     assert "was read by many" in server.files(REPO)["README.md"].decode()
 
 

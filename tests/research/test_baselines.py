@@ -1,4 +1,4 @@
-"""The rivals: each against a definition written here from its paper, and all of them as models."""
+"""The baselines: each against a definition written here from its paper, and all of them as models."""
 
 import math
 
@@ -359,7 +359,7 @@ def test_parameters_are_those_of_the_backbone_without_lrpe():
         assert AutoModelForMaskedLM.from_config(baseline_config(base, mixer)).num_parameters() == ours
 
 
-def test_layers_may_mix_rivals_and_our_own_attentions():
+def test_layers_may_mix_baselines_and_our_own_attentions():
     layer_types = ["softmax", "linear_attention", "1+elu", "chunked_attention"]
     config = BaselineConfig(**FIELDS | {"num_hidden_layers": 4, "layer_types": layer_types})
     model = AutoModelForMaskedLM.from_config(config)
@@ -374,7 +374,7 @@ def test_mixer_is_chosen_by_name_and_changed_on_loading(tmp_path):
     assert (changed.mixer, changed.layer_types) == ("cosformer", ["cosformer"] * 2)
 
 
-def test_the_next_rival_is_one_more_class():
+def test_another_baseline_is_one_more_class():
     try:
 
         @register_mixer("squared")

@@ -114,7 +114,7 @@ def test_a_tokenizer_without_a_mask_is_refused(arguments, byte_tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "performer"])
-def test_a_rival_is_trained_by_the_same_call(mixer, arguments, tmp_path):
+def test_a_baseline_is_trained_by_the_same_command(mixer, arguments, tmp_path):
     overrides = f"mixer={mixer},hidden_size=16,num_hidden_layers=2,num_attention_heads=2"
     model = {"model_type": "transnormer_hf_baseline", "config_overrides": overrides}
     results = run_mlm.main(arguments("--do_train", "--do_eval", **model, max_steps=30, learning_rate=1e-2))

@@ -7,14 +7,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from transformers import AutoModelForMaskedLM
 
 from transnormer_hf import (
     TransNormerConfig,
     TransNormerForCausalLM,
     TransNormerForMaskedLM,
     TransNormerForSequenceClassification,
+    TransNormerModel,
     norm_attention,
 )
+from transnormer_hf.research.baselines import baseline_config
 from transnormer_hf.training.sequence_parallel import (
     make_sequence_parallel,
     sequence_parallel_metadata,
@@ -260,3 +263,21 @@ def test_positions_go_on_from_slice_to_slice(name):
     expected = (torch.arange(SEQ) - leading).expand(BATCH, -1)
     seen = expected >= 0  # in front of the first token positions mean nothing
     assert torch.equal(positions[seen], expected[seen])
+
+
+def test_a_model_with_other_attentions_is_refused():
+    config = TransNormerConfig(vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
+    with pytest.raises(ValueError, match="has a MixerAttention, whose tokens meet those of other ranks"):
+        make_sequence_parallel(AutoModelForMaskedLM.from_config(baseline_config(config, "softmax")))
+
+
+def test_the_parallel_model_has_the_parameters_of_the_model():
+    model, _ = model_and_batch("causal T2")
+    model.model.embed_tokens.requires_grad_(False)
+    before = dict(model.named_parameters())
+    parallel = make_sequence_parallel(model)
+    assert parallel is model
+    assert {name: id(part) for name, part in model.named_parameters()} == {n: id(p) for n, p in before.items()}
+    assert model.state_dict().keys() == model_and_batch("causal T2")[0].state_dict().keys()
+    backbone = make_sequence_parallel(model_and_batch("causal T2")[0].model)
+    assert isinstance(backbone, TransNormerModel)

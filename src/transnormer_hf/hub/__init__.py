@@ -1,4 +1,4 @@
-"""The way to the Hub and back: cards, checked pushes, results read from cards, conversion of released checkpoints."""
+"""The Hub: model cards, checked pushes, results read back from cards, conversion of the released checkpoints."""
 
 from .push import HubError, Publication, UploadPlan, load_metric_table, plan_upload, push_model, push_to_hub
 

@@ -1,9 +1,9 @@
 """Checkpoints of the authors' training code (fairseq) as transformers folders.
 
 The released decoder language models and roberta-style encoders, T1 and T2, name their tensors
-`decoder.layers.0.self_attn.urpe.theta`, `encoder.sentence_encoder.layers.0.glu.l1.weight` and so on. Every tensor must
-find its place and every place its tensor: anything missing, left over or of another shape ends the conversion with a
-list, and nothing is written.
+`decoder.layers.0.self_attn.urpe.theta`, `encoder.sentence_encoder.layers.0.glu.l1.weight` and so on. Tensors and
+parameters must correspond one to one: if any is missing, left over or of another shape, the conversion lists them all
+and writes nothing.
 """
 
 import argparse
@@ -37,7 +37,7 @@ RENAMES = [
 ]
 # Second names of the embedding matrix, which must hold the same numbers.
 TIED = re.compile(r"decoder\.output_projection\.weight|encoder\.lm_head\.weight")
-# Markers and the sinusoid's device marker: nothing that was trained.
+# Version and device markers, which are not trained.
 WITHOUT_WEIGHT = re.compile(r"(?:decoder|encoder\.sentence_encoder)\.(?:version|embed_positions\._float_tensor)")
 
 
@@ -55,7 +55,7 @@ def convert_checkpoint(
 
     Args:
         checkpoint: file with `{"model": state_dict, ...}`, read with `weights_only=True`.
-        output_dir: folder to write; it must not exist yet or be empty. It appears whole or not at all.
+        output_dir: folder to write, new or empty. It appears whole or not at all.
         config: the architecture, for instance a preset's.
         tokenizer: name or folder of a tokenizer to put beside the model.
 
@@ -102,7 +102,7 @@ def convert_checkpoint(
 def read_state_dict(checkpoint: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The tensors of a fairseq checkpoint, read without running any code from it.
 
-    Besides tensors and plain containers only `argparse.Namespace` is let through, in which fairseq keeps its options.
+    Only tensors, plain containers and `argparse.Namespace`, which holds fairseq's options, are allowed.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():

@@ -1,20 +1,40 @@
-"""The model card of a trained model: what was trained on what, what was measured, how to load it."""
+"""Model cards, all from one template: what a model is, what was measured, how to load it.
+
+    build_glue_card           after training on a GLUE task
+    build_training_card       after pre-training, or training on another task
+    build_architecture_card   of a saved model of which only the configuration is known
+    build_preset_card         of a preset: a configuration without weights
+
+A card states nothing that was not measured or cited, and names no path of the machine.
+"""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
+from ..model.configuration_transnormer import AUTO_MAP, TransNormerConfig
+from ..research import paper
 from ..tasks.glue import HUB_DATASET, GlueTask
 
-# The Hub's names of the metrics, where they are not those of `evaluate`'s GLUE metric.
-HUB_METRICS = {"pearson": "pearsonr"}
+# Model class -> the Hub's name of what it is for.
+PIPELINES = {
+    "TransNormerModel": "feature-extraction",
+    "TransNormerForCausalLM": "text-generation",
+    "TransNormerForMaskedLM": "fill-mask",
+    "TransNormerForSequenceClassification": "text-classification",
+    "TransNormerForTokenClassification": "token-classification",
+    "TransNormerForQuestionAnswering": "question-answering",
+    "TransNormerForMultipleChoice": "multiple-choice",
+}
+# Metrics of GLUE, and the Hub's names where they are not those of `evaluate`.
 METRIC_TITLES = {
     "accuracy": "Accuracy",
     "f1": "F1",
@@ -22,14 +42,23 @@ METRIC_TITLES = {
     "pearson": "Pearson correlation",
     "spearmanr": "Spearman correlation",
 }
-# The class that loads a model for the task.
-AUTO_CLASSES = {
-    "text-generation": "AutoModelForCausalLM",
-    "fill-mask": "AutoModelForMaskedLM",
-    "text-classification": "AutoModelForSequenceClassification",
+HUB_METRICS = {"pearson": "pearsonr"}
+ATTENTION_NAMES = {
+    "chunked_attention": "DiagAttention",
+    "linear_attention": "NormAttention",
+    "hybrid": "both attentions",
 }
-RIVAL = "transnormer_hf_baseline"  # the model type of `baselines/`
+BASELINE = "transnormer_hf_baseline"  # model type of `research.baselines`, which this file has no need to import
 PACKAGES = ("transnormer-hf", "transformers", "torch", "datasets", "tokenizers", "accelerate", "peft")
+UNMEASURED = "They have not been measured."
+PEOPLE = "Not made for decisions about people."
+
+
+def auto_class_of(head: str) -> str:
+    return next(name for name, reference in AUTO_MAP.items() if reference.endswith(f".{head}"))
+
+
+# ---- Cards of a training run ----
 
 
 @dataclass(frozen=True)
@@ -41,101 +70,6 @@ class EvaluatedSplit:
     rows: int
     is_cut: bool
     metrics: Mapping[str, float]
-
-
-def build_glue_card(
-    task: GlueTask,
-    *,
-    model: Any,
-    training_args: TrainingArguments,
-    max_seq_length: int,
-    base_model: str | None,
-    train_source: str,
-    official_data: bool,
-    evaluated: Sequence[EvaluatedSplit],
-    results: Mapping[str, Any],
-) -> ModelCard:
-    """The card of a model trained on a GLUE task, from `model_cards/template.md`.
-
-    Nothing is stated that was not measured in this run, and no path of the machine is named.
-
-    Args:
-        task: The task.
-        model: The trained model, or peft's wrapper of it.
-        training_args: The arguments it was trained with.
-        max_seq_length: Length that inputs were cut to.
-        base_model: Checkpoint that was fine-tuned, None after training from scratch.
-        train_source: In words, where the training rows came from.
-        official_data: Whether the data are GLUE's own (from the Hub or the official files).
-        evaluated: The evaluations made after training.
-        results: The figures of the run, as in `all_results.json`.
-    """
-    config = model.config
-    lora = getattr(model, "peft_config", {}).get("default")
-    trained = model.get_base_model() if lora is not None else model
-    custom_code = ships_code(trained)
-    hub_base = _hub_name(base_model)
-    model_id = training_args.hub_model_id or _folder_name(training_args)  # the Hub's default, too
-    architecture = describe_architecture(config)
-    origin = (
-        f"fine-tuned from {Path(base_model).name if hub_base is None else hub_base}"
-        if base_model
-        else "trained from scratch"
-    )
-
-    data = ModelCardData(
-        language="en",
-        library_name="peft" if lora else "transformers",
-        pipeline_tag="text-classification",
-        tags=[config.model_type, "glue", *(["custom_code"] if custom_code else []), *(["lora"] if lora else [])],
-        datasets=[HUB_DATASET] if official_data else None,
-        base_model=hub_base,
-        metrics=[HUB_METRICS.get(name, name) for name in task.metrics],
-        model_name=model_id.rpartition("/")[2],
-        eval_results=glue_eval_results(task, evaluated, official_data) or None,
-    )
-    return render_card(
-        data,
-        title=f"{data.model_name}: {architecture} for {task.title}",
-        summary=(
-            f"{architecture} with {results['parameters'] / 1e6:.2f} M parameters, {origin}"
-            f"{' with LoRA adapters' if lora else ''} on {task.title} of the GLUE benchmark."
-        ),
-        results_table=markdown_table(
-            ["data", "rows", *(METRIC_TITLES[name] for name in task.metrics)],
-            (
-                [
-                    f"{split.source}{' (first rows only)' if split.is_cut else ''}",
-                    split.rows,
-                    *(f"{split.metrics[name]:.4f}" for name in task.metrics),
-                ]
-                for split in evaluated
-            ),
-        )
-        if evaluated
-        else "",
-        results_note=_results_note(training_args),
-        loading_code=_loading_code(task, model_id, trained, lora is not None),
-        custom_code=custom_code,
-        output_note=f"Labels: {', '.join(config.id2label[number] for number in sorted(config.id2label))}."
-        if task.labels
-        else "The one output is a similarity score from 0 (unrelated) to 5 (the same meaning).",
-        intended_use=(
-            f"Made to study {architecture} on {task.title}: English"
-            f" {'sentence pairs' if task.texts[1:] else 'sentences'} of at most {max_seq_length} tokens; longer ones"
-            " were cut in training."
-        ),
-        limits=[
-            "Measured on no other data than the table above says; expect less on other kinds of text.",
-            "It repeats the biases of its training data. They have not been measured.",
-            "Not made for decisions about people.",
-        ],
-        training_note=_training_note(train_source, training_args, results),
-        hyperparameter_table=markdown_table(
-            ["hyperparameter", "value"], hyperparameters(training_args, max_seq_length, lora).items()
-        ),
-        environment_table=markdown_table(["", "version"], environment(training_args).items()),
-    )
 
 
 def build_training_card(
@@ -154,7 +88,7 @@ def build_training_card(
     sample: str,
     results: Mapping[str, Any],
 ) -> ModelCard:
-    """The card of a model that was pre-trained, or trained on a task other than GLUE, from the same template.
+    """The card of a model that was pre-trained, or trained on a task other than GLUE.
 
     Args:
         model: The trained model.
@@ -171,166 +105,220 @@ def build_training_card(
         sample: Something that the model says, or nothing.
         results: The figures of the run, as in `all_results.json`.
     """
-    custom_code = ships_code(model)
-    hub_base = _hub_name(base_model)
-    model_id = training_args.hub_model_id or _folder_name(training_args)
-    architecture = describe_architecture(model.config)
-    origin = f"trained further from {hub_base or Path(base_model).name}" if base_model else "trained from scratch"
-    tags = [model.config.model_type, *(["custom_code"] if custom_code else [])]
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=pipeline_tag,
-        tags=tags,
-        datasets=[dataset] if dataset else None,
-        base_model=hub_base,
-        model_name=model_id.rpartition("/")[2],
-        eval_results=[
-            EvalResult(
-                task_type=pipeline_tag,
-                task_name=task.capitalize(),
-                dataset_type=dataset or "other",
-                dataset_name=split.source,
-                dataset_split=split.split,
-                metric_type="perplexity" if "perplexity" in name else name,
-                metric_name=metric_titles[name],
-                metric_value=round(value, 6),
-            )
-            for split in evaluated
-            for name, value in split.metrics.items()
-        ]
-        or None,
-    )
-    return render_card(
-        data,
-        title=f"{data.model_name}: {architecture} for {task}",
-        summary=f"{architecture} with {results['parameters'] / 1e6:.2f} M parameters, {origin} on {task}.",
-        results_table=markdown_table(
-            ["data", "rows", *metric_titles.values()],
-            (
-                [split.source, split.rows, *(f"{split.metrics.get(name, float('nan')):.4f}" for name in metric_titles)]
-                for split in evaluated
-            ),
-        )
-        if evaluated
-        else "",
-        results_note=" ".join([_results_note(training_args), *notes]),
+    auto_class = auto_class_of(next(head for head, tag in PIPELINES.items() if tag == pipeline_tag))
+    name = f'"{_model_id(training_args)}"'
+    call = _call(f"{auto_class}.from_pretrained", name, is_pinned=ships_code(model))
+    return _card_of_run(
+        _Run(model, training_args, max_seq_length, base_model, train_source, evaluated, results),
+        task=task,
+        origin="trained further",
+        titles=metric_titles,
+        notes=notes,
         loading_code=(
-            f"{_registration(model)}from transformers import AutoTokenizer, {AUTO_CLASSES[pipeline_tag]}\n\n"
-            f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n'
-            f'model = {AUTO_CLASSES[pipeline_tag]}.from_pretrained(\n    "{model_id}"{_pin(model)})'
+            f"from transformers import AutoTokenizer, {auto_class}\n\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({name})\nmodel = {call}"
         ),
-        custom_code=custom_code,
         output_note=f"A sample of what it says:\n\n```text\n{sample.replace('```', '')}\n```" if sample else "",
-        intended_use=f"Made to study {architecture} on {task} with sequences of {max_seq_length} tokens.",
-        limits=[
-            "Measured on no other data than the table above says; expect less on other kinds of data.",
-            "It repeats the biases of its training data. They have not been measured.",
-            "Not made for decisions about people.",
-        ],
-        training_note=_training_note(train_source, training_args, results),
-        hyperparameter_table=markdown_table(
-            ["hyperparameter", "value"], hyperparameters(training_args, max_seq_length).items()
+        intended_use=f"on {task} with sequences of {max_seq_length} tokens.",
+        pipeline_tag=pipeline_tag,
+        datasets=[dataset] if dataset else None,
+        eval_results=_eval_results(
+            evaluated,
+            metric_titles,
+            task_type=pipeline_tag,
+            task_name=task.capitalize(),
+            dataset_type=dataset or "other",
+            dataset_name="{source}",
         ),
-        environment_table=markdown_table(["", "version"], environment(training_args).items()),
     )
 
 
-def render_card(data: ModelCardData, **fields: Any) -> ModelCard:
-    """A card from the project's one template, `model_cards/template.md`, which says what `fields` it has."""
-    template = (resources.files(__package__) / "model_card_template.md").read_text(encoding="utf-8")
-    return ModelCard.from_template(data, template_str=template, **fields)
+def build_glue_card(
+    task: GlueTask,
+    *,
+    model: Any,
+    training_args: TrainingArguments,
+    max_seq_length: int,
+    base_model: str | None,
+    train_source: str,
+    official_data: bool,
+    evaluated: Sequence[EvaluatedSplit],
+    results: Mapping[str, Any],
+) -> ModelCard:
+    """The card of a model trained on a GLUE task.
 
-
-def glue_eval_results(task: GlueTask, evaluated: Iterable[EvaluatedSplit], official_data: bool) -> list[EvalResult]:
-    """The entries of the card's `model-index`. Rows that are not GLUE's own are not filed under the GLUE data set."""
-    return [
-        EvalResult(
+    Args:
+        task: The task.
+        model: The trained model, or peft's wrapper of it.
+        official_data: Whether the data are GLUE's own (from the Hub or the official files). Results on others are not
+            filed under the GLUE data set.
+        training_args, max_seq_length, base_model, train_source, evaluated, results: As in `build_training_card`.
+    """
+    titles = {metric: METRIC_TITLES[metric] for metric in task.metrics}
+    return _card_of_run(
+        _Run(model, training_args, max_seq_length, base_model, train_source, evaluated, results),
+        task=task.title,
+        benchmark=" of the GLUE benchmark",
+        origin="fine-tuned",
+        titles=titles,
+        tags=["glue"],
+        loading_code=_glue_loading_code(task, model, f'"{_model_id(training_args)}"'),
+        output_note=_labels(model.config)
+        if task.labels
+        else "The one output is a similarity score from 0 (unrelated) to 5 (the same meaning).",
+        intended_use=(
+            f"on {task.title}: English {'sentence pairs' if task.texts[1:] else 'sentences'} of at most"
+            f" {max_seq_length} tokens; longer ones were cut in training."
+        ),
+        language="en",
+        pipeline_tag="text-classification",
+        datasets=[HUB_DATASET] if official_data else None,
+        metrics=[HUB_METRICS.get(metric, metric) for metric in task.metrics],
+        eval_results=_eval_results(
+            evaluated,
+            titles,
             task_type="text-classification",
             task_name="Text classification",
             dataset_type=HUB_DATASET if official_data else "other",
-            dataset_name=f"GLUE {task.title}" if official_data else f"{task.title}, {split.source}",
+            dataset_name=f"GLUE {task.title}" if official_data else f"{task.title}, {{source}}",
             dataset_config=task.name if official_data else None,
+        ),
+    )
+
+
+def _glue_loading_code(task: GlueTask, model: Any, name: str) -> str:
+    if hasattr(model, "peft_config"):
+        arguments = name, f"num_labels={task.num_labels}"
+        call = _call("AutoPeftModelForSequenceClassification.from_pretrained", *arguments, is_pinned=False)
+        return (
+            "from peft import AutoPeftModelForSequenceClassification\nfrom transformers import AutoTokenizer\n\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({name})\nmodel = {call}"
+        )
+    example = '{"text": "One sentence.", "text_pair": "Another one."}' if task.texts[1:] else '"One sentence."'
+    raw = ', function_to_apply="none"' if task.is_regression else ""
+    call = _call("pipeline", '"text-classification"', f"model={name}", is_pinned=ships_code(model))
+    return f"from transformers import pipeline\n\nclassifier = {call}\nprint(classifier({example}{raw}))"
+
+
+class _Run(NamedTuple):
+    """A training run, with the arguments of `build_training_card` that describe it."""
+
+    model: Any
+    args: TrainingArguments
+    max_seq_length: int
+    base_model: str | None
+    train_source: str
+    evaluated: Sequence[EvaluatedSplit]
+    results: Mapping[str, Any]
+
+
+def _card_of_run(
+    run: _Run,
+    *,
+    task: str,
+    benchmark: str = "",
+    origin: str,
+    titles: Mapping[str, str],
+    notes: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    loading_code: str,
+    output_note: str,
+    intended_use: str,
+    **data: Any,
+) -> ModelCard:
+    """titles, notes: of the figures; data: what the metadata say beyond what every run has."""
+    config, lora = run.model.config, getattr(run.model, "peft_config", {}).get("default")
+    architecture, custom_code = describe_architecture(config), ships_code(run.model)
+    hub_base = None
+    if run.base_model is None:
+        origin = "trained from scratch"
+    else:
+        is_on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", run.base_model) and not Path(run.base_model).exists()
+        hub_base = run.base_model if is_on_hub else None
+        origin += f" from {hub_base or Path(run.base_model).name}"
+    return render_card(
+        ModelCardData(
+            library_name="peft" if lora else "transformers",
+            tags=[config.model_type, *tags, *["custom_code"] * custom_code, *["lora"] * bool(lora)],
+            base_model=hub_base,
+            model_name=_model_id(run.args).rpartition("/")[2],
+            **data,
+        ),
+        title=f"{architecture} for {task}",
+        summary=(
+            f"{architecture} with {run.results['parameters'] / 1e6:.2f} M parameters, {origin}"
+            f"{' with LoRA adapters' if lora else ''} on {task}{benchmark}."
+        ),
+        results_table=_results_table(run.evaluated, titles),
+        results_note=" ".join([_results_note(run.args), *notes]),
+        loading_code=_registration(run.model) + loading_code,
+        custom_code=custom_code,
+        output_note=output_note,
+        intended_use=f"Made to study {architecture} {intended_use}",
+        limits=[
+            "Measured on no other data than the table above says; expect less on other kinds of data.",
+            f"It repeats the biases of its training data. {UNMEASURED}",
+            PEOPLE,
+        ],
+        training_note=_training_note(run),
+        hyperparameter_table=markdown_table(["hyperparameter", "value"], _hyperparameters(run, lora).items()),
+        environment_table=markdown_table(["", "version"], _environment(run.args).items()),
+    )
+
+
+def _model_id(args: TrainingArguments) -> str:
+    """Where the Hub's default puts the model; a run of one of several seeds is named after its sweep."""
+    folder = Path(args.output_dir or ".").resolve()
+    named = f"{folder.parent.name}-{folder.name}" if folder.name.startswith("seed_") else folder.name
+    return args.hub_model_id or named
+
+
+def ships_code(model: Any) -> bool:
+    """Whether a model's code comes with its weights; a baseline's is in this package only."""
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    return not type(model).__module__.startswith("transformers.") and model.config.model_type != BASELINE
+
+
+def _registration(model: Any) -> str:
+    """The import in front of the loading code where nothing else finds the model's code."""
+    if model.config.model_type == BASELINE:
+        return "import transnormer_hf.research.baselines  # the model's code: pip install transnormer-hf\n"
+    if hasattr(model, "peft_config") and ships_code(model):
+        return "import transnormer_hf  # the base model's code\n"
+    return ""
+
+
+def _eval_results(
+    evaluated: Iterable[EvaluatedSplit], titles: Mapping[str, str], dataset_name: str, **fields: Any
+) -> list[EvalResult] | None:
+    """The entries of the card's `model-index`; `{source}` in dataset_name is where the rows came from."""
+    entries = [
+        EvalResult(
+            dataset_name=dataset_name.format(source=split.source),
             dataset_split=split.split,
             dataset_args={"first_rows": split.rows} if split.is_cut else None,
-            metric_type=HUB_METRICS.get(name, name),
-            metric_name=METRIC_TITLES[name],
-            metric_value=round(split.metrics[name], 6),
+            metric_type="perplexity" if "perplexity" in name else HUB_METRICS.get(name, name),
+            metric_name=titles[name],
+            metric_value=round(value, 6),
+            **fields,
         )
         for split in evaluated
-        for name in task.metrics
+        for name, value in split.metrics.items()
+        if name in titles
     ]
+    return entries or None
 
 
-OWN_ATTENTIONS = {
-    "chunked_attention": "DiagAttention",
-    "linear_attention": "NormAttention",
-    "hybrid": "both attentions",
-}
-
-
-def describe_architecture(config: Any) -> str:
-    """ "TransNormer T2" for this project's models, the attentions of a rival, the model type for others."""
-    if config.model_type == "transnormer_hf":
-        return f"TransNormer {config.variant.upper()}"
-    if config.model_type == RIVAL:
-        attentions = dict.fromkeys(OWN_ATTENTIONS.get(name, f"{name} attention") for name in config.layer_types)
-        return f"TransNormer's backbone with {' and '.join(attentions)}"
-    return config.model_type.upper()
-
-
-def hyperparameters(args: TrainingArguments, max_seq_length: int, lora: Any = None) -> dict[str, Any]:
-    """What somebody would need to repeat the training, by the names of the command line."""
-    per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "float32"
-    table = {
-        "learning_rate": args.learning_rate,
-        "lr_scheduler_type": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
-        "warmup_steps": args.warmup_steps,
-        "num_train_epochs": args.num_train_epochs if args.max_steps <= 0 else f"set by max_steps {args.max_steps}",
-        "batch size": f"{per_step} ({args.train_batch_size} x {args.world_size} processes"
-        f" x {args.gradient_accumulation_steps} accumulated)",
-        "optimizer": f"{getattr(args.optim, 'value', args.optim)}, betas ({args.adam_beta1}, {args.adam_beta2}),"
-        f" epsilon {args.adam_epsilon}",
-        "weight_decay": args.weight_decay,
-        "max_grad_norm": args.max_grad_norm,
-        "label_smoothing_factor": args.label_smoothing_factor,
-        "max_seq_length": max_seq_length,
-        "precision": precision,
-        "seed": args.seed,
-    }
-    if lora is not None:
-        modules = ", ".join(sorted(lora.target_modules))
-        table["LoRA"] = f"r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}, on {modules}"
-    return table
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that matter, of those that are installed."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def environment(args: TrainingArguments) -> dict[str, str]:
-    """Versions of the packages that matter, and the kind of device."""
-    device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type.upper()
-    return {**package_versions(), "device": f"{args.world_size} x {device}"}
-
-
-def _hub_name(base_model: str | None) -> str | None:
-    """The name if it is one on the Hub, and not a folder here."""
-    if base_model and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model) and not Path(base_model).exists():
-        return base_model
-    return None
-
-
-def _folder_name(args: TrainingArguments) -> str:
-    folder = Path(args.output_dir or ".").resolve()
-    return f"{folder.parent.name}-{folder.name}" if folder.name.startswith("seed_") else folder.name
+def _results_table(evaluated: Sequence[EvaluatedSplit], titles: Mapping[str, str]) -> str:
+    rows = (
+        [
+            f"{split.source}{' (first rows only)' if split.is_cut else ''}",
+            split.rows,
+            *(f"{split.metrics.get(name, float('nan')):.4f}" for name in titles),
+        ]
+        for split in evaluated
+    )
+    return markdown_table(["data", "rows", *titles.values()], rows) if evaluated else ""
 
 
 def _results_note(args: TrainingArguments) -> str:
@@ -343,9 +331,10 @@ def _results_note(args: TrainingArguments) -> str:
     return note
 
 
-def _training_note(source: str, args: TrainingArguments, results: Mapping[str, Any]) -> str:
+def _training_note(run: _Run) -> str:
+    results = run.results
     rows = f"{results['train_samples']} rows" if "train_samples" in results else "a stream of rows"
-    note = f"Trained on {rows} ({source})"
+    note = f"Trained on {rows} ({run.train_source})"
     if results.get("epoch") is not None:
         note += f" for {results['epoch']:.2f} epochs"
     if results.get("train_loss") is not None:
@@ -355,49 +344,224 @@ def _training_note(source: str, args: TrainingArguments, results: Mapping[str, A
     return note + "."
 
 
-def ships_code(model: Any) -> bool:
-    """Whether a model's code lies beside its weights; a rival's is in this package only."""
-    return _is_ours(model) and not _is_rival(model)
+def _hyperparameters(run: _Run, lora: Any) -> dict[str, Any]:
+    """What it takes to repeat the training, by the names of the command line."""
+    args = run.args
+    per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    table = {
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
+        "warmup_steps": args.warmup_steps,
+        "num_train_epochs": args.num_train_epochs if args.max_steps <= 0 else f"set by max_steps {args.max_steps}",
+        "batch size": f"{per_step} ({args.train_batch_size} x {args.world_size} processes"
+        f" x {args.gradient_accumulation_steps} accumulated)",
+        "optimizer": f"{getattr(args.optim, 'value', args.optim)}, betas ({args.adam_beta1}, {args.adam_beta2}),"
+        f" epsilon {args.adam_epsilon}",
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "label_smoothing_factor": args.label_smoothing_factor,
+        "max_seq_length": run.max_seq_length,
+        "precision": "fp16" if args.fp16 else "bf16" if args.bf16 else "float32",
+        "seed": args.seed,
+    }
+    if lora is not None:
+        modules = ", ".join(sorted(lora.target_modules))
+        table["LoRA"] = f"r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout}, on {modules}"
+    return table
 
 
-def _is_ours(model: Any) -> bool:
-    return not type(model).__module__.startswith("transformers.")
+def _environment(args: TrainingArguments) -> dict[str, str]:
+    """Versions of the packages that matter, and the kind of device."""
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type.upper()
+    return {**package_versions(), "device": f"{args.world_size} x {device}"}
 
 
-def _registration(model: Any) -> str:
-    """The line before all others where a model's code is in this package only."""
-    return "import transnormer_hf  # the model's code: pip install transnormer-hf\n" if _is_rival(model) else ""
+# ---- Cards of a configuration ----
 
 
-def _is_rival(model: Any) -> bool:
-    return model.config.model_type == RIVAL
-
-
-def _pin(model: Any) -> str:
-    """The arguments after a model's name."""
-    if not ships_code(model):
-        return ",\n"
-    return ',\n    revision="COMMIT",  # the full hash of the commit that you have read\n    trust_remote_code=True,\n'
-
-
-def _loading_code(task: GlueTask, model_id: str, model: Any, is_adapter: bool) -> str:
-    example = '{"text": "One sentence.", "text_pair": "Another one."}' if task.texts[1:] else '"One sentence."'
-    if is_adapter:
-        register = "import transnormer_hf  # the base model's code\n" if _is_ours(model) else ""
-        return (
-            f"{register}from peft import AutoPeftModelForSequenceClassification\n"
-            "from transformers import AutoTokenizer\n\n"
-            f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n'
-            "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
-            f'    "{model_id}", num_labels={task.num_labels}\n'
-            ")"
-        )
-    raw = ', function_to_apply="none"' if task.is_regression else ""
-    return (
-        f"{_registration(model)}from transformers import pipeline\n\n"
-        f'classifier = pipeline(\n    "text-classification",\n    model="{model_id}"{_pin(model)})\n'
-        f"print(classifier({example}{raw}))"
+def build_architecture_card(folder: Path, repo_id: str) -> ModelCard:
+    """The card of a saved model about which nothing is known but its configuration and the size of its weights."""
+    config, head, auto_class, parameters = _read_config(folder)
+    return _card_of_config(
+        config,
+        {"model_name": repo_id.rpartition("/")[2]},
+        title=describe_architecture(config),
+        summary=f"A `{head}` with {parameters}, of the architecture of {paper.TITLE}.",
+        results_table="",
+        loading_code=(
+            f"from transformers import {auto_class}\n\n"
+            "model = " + _call(f"{auto_class}.from_pretrained", f'"{repo_id}"')
+        ),
+        output_note=_labels(config)
+        if PIPELINES[head] in ("text-classification", "token-classification")
+        else f"The outputs are those of transformers' {PIPELINES[head]} models.",
+        intended_use="What the model was made for was not recorded when it was published.",
+        limits=[f"Its outputs are only as good as its training data, whose biases it repeats. {UNMEASURED}", PEOPLE],
+        training_note=(
+            "The arguments of the training are in `training_args.json`; its data were not recorded."
+            if (folder / "training_args.json").exists()
+            else "How the model was trained was not recorded when it was published."
+        ),
+        environment_table=markdown_table(["", "version"], package_versions().items()),
     )
+
+
+def build_preset_card(folder: Path, requirements: Sequence[str]) -> ModelCard:
+    """The card of a preset, from the configuration in its folder (`scripts/make_model_cards.py` writes them all).
+
+    A preset has no weights. What the paper reports for the model it describes is cited as the paper's, with its table.
+    `requirements` are the lines of pyproject.toml, so that a card does not depend on where it was made.
+    """
+    config, head, auto_class, parameters = _read_config(folder)
+    is_decoder = head == "TransNormerForCausalLM"
+    architecture = describe_architecture(config)
+    other_heads = (reference.rpartition(".")[2] for name, reference in AUTO_MAP.items() if name != "AutoConfig")
+    positions = "any length, trained at 512" if is_decoder else f"at most {config.max_position_embeddings}"
+    words = "words of WikiText-103" if is_decoder else "byte-level BPE"
+    return _card_of_config(
+        config,
+        {"model_name": folder.name, "language": "en", "license": "apache-2.0"},
+        title=f"the configuration of a {architecture} {'decoder' if is_decoder else 'encoder'}",
+        summary=(
+            f"A configuration, without weights: the authors of {paper.TITLE} released none, and this project has"
+            f" trained none of this size. `{head}` of it has {parameters} (counted by this project: frozen ones too,"
+            " tied ones once)."
+        ),
+        results_table=_reported_results(config.variant, is_decoder),
+        results_note=(
+            "**These are not figures of this repository.** They are the paper's, from its Table"
+            f" {'4 (WikiText-103, autoregressive)' if is_decoder else '5 (GLUE, fine-tuned)'}, for models that its"
+            " authors trained; nobody has repeated them here."
+        ),
+        loading_code=(
+            "import transnormer_hf\n"
+            f"from transformers import AutoConfig, {auto_class}\n\n"
+            f'config = AutoConfig.from_pretrained("model_cards/{folder.name}")\n'
+            f"model = {auto_class}.from_config(config)  # random weights\n\n"
+            "# once you have trained it and pushed it:\n"
+            "model = " + _call(f"{auto_class}.from_pretrained", f'"your-name/{folder.name}"')
+        ),
+        output_note=f"The same configuration fits {', '.join(f'`{name}`' for name in other_heads if name != head)}.",
+        intended_use=(
+            f"To train {architecture} as the paper describes it, with the"
+            f" {'language-model' if is_decoder else 'masked-language-model'} objective, and to compare with it."
+        ),
+        limits=[
+            "With random weights its outputs mean nothing.",
+            f"`{config.position_embedding}` positions: {positions} tokens.",
+            f"The vocabulary of {config.vocab_size:,} ids is that of the paper's {words}; this folder has no"
+            " tokenizer.",
+        ],
+        training_note="Not trained. What the authors' training scripts ask for:",
+        hyperparameter_table=markdown_table(["hyperparameter", "value"], paper.TRAINING[head].items()),
+        # (name, version required) of lines such as "torch>=2.13"
+        environment_table=markdown_table(
+            ["", "needed"], (re.findall(r"^([\w-]+)(.*)$", line)[0] for line in requirements)
+        ),
+    )
+
+
+def _card_of_config(config: Any, data: Mapping[str, Any], *, summary: str, **fields: Any) -> ModelCard:
+    return render_card(
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag=PIPELINES[config.architectures[0]],
+            tags=[config.model_type, "linear-attention", "custom_code"],
+            **data,
+        ),
+        summary=f"{summary}\n\n{_architecture_table(config)}",
+        custom_code=True,
+        **fields,
+    )
+
+
+def _reported_results(variant: str, is_decoder: bool) -> str:
+    """The rows of Table 4 or 5 for the Transformer and this variant."""
+    if is_decoder:
+        table, columns = paper.TABLE_4, {"validation perplexity": "validation", "test perplexity": "test"}
+    else:
+        table, columns = paper.TABLE_5, {"QNLI": "qnli", "QQP": "qqp", "SST-2": "sst2", "MRPC (F1)": "mrpc"}
+        columns |= {"CoLA (Matthews)": "cola", "mean": "mean"}
+    rows = []
+    for label, row in {"Transformer": "Vanilla", f"TransNormer {variant.upper()}": variant.upper()}.items():
+        mnli = [] if is_decoder else [f"{table['mnli'][row]:.2f} / {table['mnli mismatched'][row]:.2f}"]
+        cells = [f"{table[column][row]:.2f}" for column in columns.values()]
+        rows.append([label, *mnli, *cells, f"{table['parameters'][row]:.2f} M"])
+    return markdown_table(["model", *([] if is_decoder else ["MNLI m / mm"]), *columns, "parameters"], rows)
+
+
+def _read_config(folder: Path) -> tuple[TransNormerConfig, str, str, str]:
+    """A saved configuration, the class of its model, the Auto class that loads it, and its size in words."""
+    config = AutoConfig.from_pretrained(folder)
+    (head,) = config.architectures
+    auto_class = auto_class_of(head)
+    return config, head, auto_class, f"{count_parameters(config, auto_class) / 1e6:.2f} M parameters"
+
+
+def count_parameters(config: Any, auto_class: str) -> int:
+    with torch.device("meta"):  # shapes only: nothing is allocated
+        return getattr(transformers, auto_class).from_config(config).num_parameters()
+
+
+def _architecture_table(config: Any) -> str:
+    counts = {
+        "DiagAttention": config.layer_types.count("chunked_attention"),
+        "NormAttention": config.layer_types.count("linear_attention"),
+        "both": config.layer_types.count("hybrid"),
+    }
+    layers = ", ".join(f"{count} with {kind}" for kind, count in counts.items() if count)
+    rows = {
+        "layers": f"{config.num_hidden_layers}: {layers}",
+        "width": f"{config.hidden_size}, {config.num_attention_heads} heads of {config.head_dim}",
+        "feed-forward": f"{config.feed_forward.upper()} of width {config.intermediate_size}, {config.hidden_act}",
+        "attention": f"blocks of {config.block_size}, {config.diag_activation}; linear, phi = {config.feature_map}",
+        "norms": f"{config.norm_type}, {config.norm_placement}-norm",
+        "positions": config.position_embedding + (", LRPE" if config.lrpe else ""),
+        "vocabulary": f"{config.vocab_size:,}",
+    }
+    return markdown_table(["architecture", ""], rows.items())
+
+
+# ---- What all cards are made of ----
+
+
+def render_card(data: ModelCardData, *, title: str, **fields: Any) -> ModelCard:
+    """A card from `model_cards/template.md`, which shows the `fields`; its title begins with the model's name."""
+    template = (resources.files(__package__) / "model_card_template.md").read_text(encoding="utf-8")
+    return ModelCard.from_template(data, template_str=template, title=f"{data.model_name}: {title}", **fields)
+
+
+def describe_architecture(config: Any) -> str:
+    """ "TransNormer T2" for this project's models, the attentions of a baseline, the model type for others."""
+    if config.model_type == TransNormerConfig.model_type:
+        return f"TransNormer {config.variant.upper()}"
+    if config.model_type == BASELINE:
+        attentions = dict.fromkeys(ATTENTION_NAMES.get(name, f"{name} attention") for name in config.layer_types)
+        return f"TransNormer's backbone with {' and '.join(attentions)}"
+    return config.model_type.upper()
+
+
+def _call(function: str, *arguments: str, is_pinned: bool = True) -> str:
+    """A call over several lines; pinned to a commit where the code comes with the weights."""
+    lines = [f"{argument}," for argument in arguments]
+    if is_pinned:
+        lines += ['revision="COMMIT",  # the full hash of the commit that you have read', "trust_remote_code=True,"]
+    return "\n    ".join([f"{function}(", *lines]) + "\n)"
+
+
+def _labels(config: Any) -> str:
+    return f"Labels: {', '.join(config.id2label[number] for number in sorted(config.id2label))}."
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that matter, of those that are installed."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -1,6 +1,7 @@
-"""The way to the Hub: one call publishes what a model needs, and nothing else; results are read back from the card.
+"""Publish a model on the Hub, with all it needs and nothing else; read results back from its card.
 
-push_to_hub("outputs/sst2", "user/transnormer-sst2")
+push_to_hub("outputs/sst2", "user/transnormer-sst2")   # a folder
+push_model(model, "user/transnormer-sst2")             # a model in memory
 load_metric_table("user/transnormer-sst2")
 """
 
@@ -38,9 +39,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from .architecture_card import build_architecture_card
-from .hub_folder import CODE, WEIGHTS, config_of, stage
-from .remote_code_check import check_remote_code
+from .model_card import build_architecture_card
+from .remote_code import check_remote_code
+from .staging import CODE, WEIGHTS, config_of, stage
 
 logger = logging.get_logger(__name__)
 
@@ -49,16 +50,16 @@ RETRIED = (408, 409, 412, 429, 500, 502, 503, 504)
 # huggingface_hub 2 speaks through httpx2, 1 through httpx.
 TRANSPORT_ERRORS: tuple[type[Exception], ...] = (
     *(import_module(name).TransportError for name in ("httpx2", "httpx") if find_spec(name)),
-    json.JSONDecodeError,  # a page in the place of an answer, from something between here and the Hub
+    json.JSONDecodeError,  # something between here and the Hub answers in its place
 )
-# An error of HTTP; of an upload in a thread (RuntimeError) or in hf_xet (OSError); of the connection.
+# Errors of HTTP, of an upload in a thread (RuntimeError) or in hf_xet (OSError), and of the connection.
 FAILURES: tuple[type[Exception], ...] = (HfHubHTTPError, RuntimeError, OSError, *TRANSPORT_ERRORS)
 
 Result = TypeVar("Result")
 
 
 class HubError(RuntimeError):
-    """The Hub refused, or could not be reached. The message says what was and was not done, and what would help."""
+    """The Hub refused or could not be reached. The message says what was done, what was not, and what would help."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def push_to_hub(
 ) -> Publication:
     """Publish a saved model: weights, configuration, code, tokenizer, card, results, training arguments.
 
-    Everything goes up in one commit, so a push that dies leaves the repository as it was, and the same call carries on
-    from what has arrived. The commit gets the first free tag of v0.1.0, v0.1.0-1, ... (the version of the code in it).
+    Everything goes up in one commit: a push that dies leaves the repository as it was, and the same call resumes it.
+    The commit gets the first free tag of v0.1.0, v0.1.0-1, ... (the version of the code in it).
 
     Args:
         model_dir: Folder that `save_pretrained` or the Trainer wrote.
@@ -114,9 +115,9 @@ def push_to_hub(
         commit_description: Text below it.
 
     Raises:
-        ValueError: the folder or an argument is wrong: files are missing, a secret is in it, the card's metadata are
-            not valid, it does not load by remote code. Nothing was sent.
-        HubError: there is no token, it has no right to write, or the Hub fails for good.
+        ValueError: an argument or the folder is wrong: a file is missing, a file contains a secret, the card's metadata
+            are invalid, or the model does not load by remote code. Nothing was sent.
+        HubError: there is no token, the token may not write, or the Hub keeps failing.
     """
     check_target(repo_id, revision, create_pr)
     with tempfile.TemporaryDirectory() as folder:
@@ -172,9 +173,11 @@ def push_model(
     max_shard_size: int | str = "50GB",
     tags: str | list[str] | None = None,
 ) -> CommitInfo:
-    """`model.push_to_hub`, with the arguments of transformers: the repository is as complete as `push_to_hub` makes it.
+    """Publish a model in memory as `push_to_hub` does a folder; the arguments are those of `model.push_to_hub`.
 
-    A card that the repository has already stays. The tokenizer is pushed by itself: `tokenizer.push_to_hub(repo_id)`.
+    transformers' own `model.push_to_hub` gives a repository that loads as well, but with an empty card, no tag and no
+    check. Here, the card is written from the configuration, unless the repository already has one. The tokenizer is
+    pushed by itself: `tokenizer.push_to_hub(repo_id)`.
     """
     api = HfApi(token=token if isinstance(token, str) else None)
     if "/" not in repo_id:
@@ -206,7 +209,7 @@ def push_model(
 def load_metric_table(
     repo_id: str | os.PathLike, *, revision: str | None = None, token: str | None = None
 ) -> list[dict[str, Any]]:
-    """The results that a repository's card (or that of a local folder) states: one row per figure, none without any.
+    """The results in the card of a repository or a local folder, one row per figure.
 
     Returns:
         Rows with task, dataset, config, split, metric, name, value and args (None where the card does not say).
@@ -234,7 +237,7 @@ def load_metric_table(
 
 
 def check_target(repo_id: str, revision: str | None, create_pr: bool) -> None:
-    """Raise ValueError unless the arguments name one place."""
+    """Raise ValueError unless the arguments name a repository and a branch that can be pushed to."""
     validate_repo_id(repo_id)
     if repo_id.count("/") != 1:
         raise ValueError(f"repo_id={repo_id!r} must be of the form user/name.")
@@ -264,10 +267,10 @@ def send(
     message: str,
     description: str | None,
 ) -> CommitInfo:
-    """One commit with every file of `staging`, which also takes out the weights and code that it replaces.
+    """One commit that adds every file of `staging` and deletes the weights and code that they replace.
 
-    An answer that was lost is no harm: the next attempt finds its files in place, and there is nothing left to commit.
-    (A pull request is sent once: it would be opened a second time.)
+    A lost answer does no harm: the next attempt finds its files in place and nothing left to commit. (A pull request is
+    sent only once, or it would be opened twice.)
     """
     names = {path.name for path in staging.iterdir()}
 
@@ -318,7 +321,7 @@ def without_xet() -> Iterator[None]:
 
 
 def tag_version(api: HfApi, repo_id: str, commit: str) -> str:
-    """Tag a commit with the package's version, unless it has such a tag; where that names another, count on."""
+    """Tag a commit with the package's version, with a number behind it if that tag is another commit's."""
     from .. import __version__
 
     while True:
@@ -355,9 +358,9 @@ def is_transport_error(error: BaseException | None) -> bool:
 
 
 def retry(call: Callable[[], Result], *, statuses: tuple[int, ...] = RETRIED, transport: bool = True) -> Result:
-    """Call until it succeeds, at most ATTEMPTS times, where the failure is one that may pass.
+    """Call again after a failure that may pass, up to ATTEMPTS times in all.
 
-    huggingface_hub has its own retries for uploads and downloads; these are for the requests that it makes once.
+    huggingface_hub retries uploads and downloads itself; this is for the requests that it makes once.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -378,7 +381,7 @@ def retry(call: Callable[[], Result], *, statuses: tuple[int, ...] = RETRIED, tr
 
 @contextmanager
 def explained(state: str, repo_id: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a HubError that says what happened, what was done and what would help."""
+    """Turn an error of huggingface_hub into a HubError that says what was done, what went wrong and what would help."""
     try:
         yield
     except FAILURES as error:

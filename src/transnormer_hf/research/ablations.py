@@ -1,4 +1,4 @@
-"""The ablations of "The Devil in Linear Transformer" as configurations: a row of Tables 1, 3 and 8 to 12 each.
+"""The ablations of "The Devil in Linear Transformer" as configurations, one per row of Tables 1, 3 and 8 to 12.
 
     config = AutoConfig.from_pretrained("model_cards/transnormer-t1-base")
     for row in ABLATIONS:
@@ -23,7 +23,7 @@ class Ablation(NamedTuple):
 
     fields: the number of layers to the fields that differ from the model's.
     perplexity: what the paper reports, by variant; "t2" stands for Tables 1 and 3 too, whose phi is 1 + elu. A variant
-        is left out where its number is not known to us.
+        whose number we do not know is left out.
     """
 
     table: int
@@ -112,7 +112,7 @@ ABLATIONS = (
 
 
 def find_ablations(*tables: int) -> list[Ablation]:
-    """The rows of these tables, all of them if none is given. Raises ValueError for a table that is not here."""
+    """The rows of these tables, by default of all. Raises ValueError for a table without ablations."""
     known = sorted({ablation.table for ablation in ABLATIONS})
     for table in tables:
         if table not in known:
@@ -121,7 +121,7 @@ def find_ablations(*tables: int) -> list[Ablation]:
 
 
 def ablation_config(config: TransNormerConfig, ablation: Ablation) -> TransNormerConfig:
-    """`config`, T1 or T2 of any size, with what the row changes; a BaselineConfig where the row has rivals in it."""
+    """`config`, T1 or T2 of any size, with what the row changes; a BaselineConfig if the row has baselines in it."""
     changes = ablation.fields(config.num_hidden_layers)
     if set(changes.get("layer_types", ())) & set(MIXERS):
         return BaselineConfig(**backbone_fields(config) | changes, mixer=changes["layer_types"][-1])

@@ -1,8 +1,8 @@
-"""The tables of "The Devil in Linear Transformer" at laptop scale: what each cell trains, and where its figures lie.
+"""The tables of "The Devil in Linear Transformer" at laptop scale: what each cell trains, and where its result is kept.
 
-A cell is a row of a table, in one of its columns, with one seed. Its settings say everything that its figures depend
-on, and nothing about the machine: cells with equal settings are one training, whatever the tables they stand in. Every
-cell has a file, `cells/<table>/<row>-<column>-seed<k>.json`.
+A cell is one row and column of a table, with one seed. Its settings are all that its figures depend on, and nothing
+about the machine; cells with equal settings share one run across tables. Every cell has a file,
+`cells/<table>/<row>-<column>-seed<k>.json`.
 
 `scripts/reproduce.py` runs the cells, `reproduction_report.py` draws their tables.
 """
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from ..model.configuration_transnormer import TransNormerConfig
 from ..tasks import lra
 from ..training.files import write_atomically
+from . import paper
 from .ablations import VANILLA_BACKBONE, ablation_config, find_ablations
 from .baselines import BaselineConfig
 from .baselines.modeling import backbone_fields
@@ -34,15 +35,15 @@ EVALUATION_ROWS = 256
 ARENA_LENGTHS = {"listops": 512, "image": 1024}
 INPUT_SCALES = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
 
-# Our small encoders are pre-norm, as the released decoder. The paper's encoder, post-norm with learned positions, stays
-# for thousands of steps where it knows little more than how frequent words are, unless blocks make it look nearby.
+# Our small encoders are pre-norm, like the released decoder. The paper's encoder, post-norm with learned positions,
+# learns little more than word frequencies for thousands of steps, unless blocks make it look nearby.
 ENCODER: dict[str, Any] = {
     "norm_placement": "pre",
     "final_norm": "layer",
     "position_embedding": "sinusoidal",
     "scale_embedding": True,
 }
-# What the released decoder has and the encoder has not.
+# How the released decoder differs from the encoder.
 DECODER: dict[str, Any] = {
     "is_causal": True,
     "norm_placement": "pre",
@@ -64,7 +65,7 @@ class Scale(NamedTuple):
 
 
 def scale(budget: float) -> Scale:
-    """What a budget buys: its square root in steps, and in the products of a step, whose number is that of width².
+    """Width and steps for a budget: steps grow with its square root, and so does the work of a step, width².
 
     Raises ValueError unless the budget is positive.
     """
@@ -80,13 +81,13 @@ def scale(budget: float) -> Scale:
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of a table, and what has to be trained for it.
+    """One figure of a table, and the training behind it.
 
     Attributes:
         table: One of `TABLES`.
-        row, column: Where in it; the column is "" where there is one.
-        paper: The paper's figure, None where it is not known to us.
-        settings: Everything that the figures depend on, as json: task, seed, model, training, data.
+        row, column: Its place there; the column is "" in a table of one column.
+        paper: The paper's figure, None if we do not know it.
+        settings: All that the figures depend on, as JSON: task, seed, model, training, data.
     """
 
     table: str
@@ -114,12 +115,12 @@ def slug(text: str) -> str:
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
-    """A short name of the settings: equal for equal ones."""
+    """A short name for the settings; equal settings have equal names."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def model_settings(config: TransNormerConfig) -> dict[str, Any]:
-    """The fields of a configuration that make the model; those that follow from the tokenizer are left out."""
+    """The fields of a configuration that define the model, without those that follow from the tokenizer."""
     left_out = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "backend"}
     names = (*TransNormerConfig.__annotations__, *(("mixer", "mixer_options") if hasattr(config, "mixer") else ()))
     fields = {name: getattr(config, name) for name in names if name not in left_out}
@@ -127,9 +128,9 @@ def model_settings(config: TransNormerConfig) -> dict[str, Any]:
 
 
 def masked_config(size: Scale, variant: str) -> TransNormerConfig:
-    """A small encoder. Without dropout: training does not see the text much more than once.
+    """A small encoder, without dropout, since training sees the text hardly more than once.
 
-    Its initializer_range makes of an input of this width outputs as large as the released 0.02 makes of one of 768.
+    Its initializer_range gives outputs of the same size at this width as the released 0.02 does at width 768.
     """
     spread = round(0.02 * math.sqrt(768 / size.width), 4)
     return TransNormerConfig(**_sizes(size, LENGTH), **ENCODER, variant=variant, initializer_range=spread)
@@ -147,7 +148,7 @@ def _sizes(size: Scale, length: int) -> dict[str, Any]:
 
 
 def masked_settings(config: TransNormerConfig, size: Scale, seed: int, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Masked language modelling as in the authors' script, but for lengths, batch, steps and learning rate."""
+    """Masked language modelling as in the authors' script, except for lengths, batch, steps and learning rate."""
     return {
         "task": "mlm",
         "seed": seed,
@@ -172,9 +173,9 @@ def masked_settings(config: TransNormerConfig, size: Scale, seed: int, data: Map
 
 
 def plan_cells(tables: Sequence[str], seeds: Sequence[int], size: Scale, data: Data) -> list[Cell]:
-    """The cells of these tables: all of the first seed, then of the next.
+    """The cells of these tables: all those of the first seed, then those of the next.
 
-    data: what the settings say about the data of each task, by its name.
+    data: for each task, what the settings say about its data.
     """
     return [cell for seed in seeds for table in tables for cell in _PLANS[table](table, seed, size, data)]
 
@@ -201,36 +202,11 @@ CURVES = {name: MODELS[name] for name in ("Vanilla", "1+elu", "T1", "T2")}
 ARENA_MODELS = {
     "Transformer": "softmax", "Performer": "performer", "cosFormer": "cosformer", "T1": "t1", "T2": "t2",
 }  # fmt: skip
-REPORTED = {
-    "2": {"1+elu": 0.58, "Performer": 0.47, "Vanilla": 0.25, "NormAttention": 0.20},
-    "4": {"Vanilla": 29.63, "1+elu": 32.63, "Performer": 75.29, "T1": 29.89, "T2": 29.57},
-}
-# Accuracies in percent, F1 of MRPC and Matthews correlation of CoLA; MNLI is the matched one.
-REPORTED_BY_COLUMN: dict[str, dict[str, dict[str, float]]] = {
-    "5": {
-        "mnli": {"Vanilla": 79.37, "1+elu": 74.87, "Performer": 58.85, "T1": 79.06, "T2": 77.28},
-        "qnli": {"Vanilla": 87.79, "1+elu": 82.59, "Performer": 63.44, "T1": 87.00, "T2": 85.39},
-        "qqp": {"Vanilla": 88.04, "1+elu": 86.90, "Performer": 79.10, "T1": 88.61, "T2": 88.56},
-        "sst2": {"Vanilla": 90.25, "1+elu": 87.27, "Performer": 81.42, "T1": 91.17, "T2": 90.71},
-        "mrpc": {"Vanilla": 88.35, "1+elu": 83.03, "Performer": 82.11, "T1": 84.50, "T2": 85.06},
-        "cola": {"Vanilla": 38.63, "Performer": 19.41, "T1": 45.38, "T2": 45.90},
-    },
-    "6": {
-        "listops": {"Transformer": 38.37, "Performer": 38.02, "cosFormer": 36.50, "T1": 41.03, "T2": 41.60},
-        "image": {"Transformer": 40.57, "Performer": 41.43, "cosFormer": 51.23, "T1": 51.60, "T2": 49.60},
-    },
-}
-GLUE_TASKS = tuple(REPORTED_BY_COLUMN["5"])
-# Training steps per second on an A6000.
-REPORTED_SPEED = {
-    "Transformer": {1024: 15.34},
-    "Performer": {1024: 28.41, 3072: 12.02, 5120: 9.06},
-    "T2": {1024: 29.41, 3072: 12.95, 5120: 10.16},
-}
+GLUE_TASKS = ("mnli", "qnli", "qqp", "sst2", "mrpc", "cola")  # MNLI is the matched one
 
 
 def in_vanilla_backbone(config: TransNormerConfig, attention: str) -> TransNormerConfig:
-    """T1 or T2 themselves; a rival, or NormAttention alone, in the backbone of Tables 1 and 3."""
+    """T1 or T2 as they are; a baseline or NormAttention alone in the backbone of Tables 1 and 3."""
     if attention in ("t1", "t2"):
         return config
     if attention == "norm":
@@ -240,14 +216,14 @@ def in_vanilla_backbone(config: TransNormerConfig, attention: str) -> TransNorme
 
 
 def pretrained_settings(attention: str, size: Scale, seed: int, data: Data) -> dict[str, Any]:
-    """The masked language model with this attention; two of those in Tables 2 and 5 are also in 1, 3 and 8 to 12."""
+    """The masked language model with this attention; some are shared by Tables 2 and 5 with 1, 3 and 8 to 12."""
     config = masked_config(size, attention if attention == "t1" else "t2")
     return masked_settings(in_vanilla_backbone(config, attention), size, seed, data["mlm"])
 
 
 def _gradient_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
     return [
-        Cell(table, row, "", REPORTED["2"][row], pretrained_settings(attention, size, seed, data))
+        Cell(table, row, "", paper.TABLE_2[row], pretrained_settings(attention, size, seed, data))
         for row, attention in GRADIENT_ROWS.items()
     ]
 
@@ -266,7 +242,9 @@ def _causal_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
         settings = masked_settings(in_vanilla_backbone(config, attention), size, seed, data["mlm"])
         training = {name: value for name, value in settings["training"].items() if name not in MASKED_ONLY}
         training["block_size"] = LENGTH
-        cells.append(Cell(table, row, "", REPORTED["4"][row], {**settings, "task": "clm", "training": training}))
+        cells.append(
+            Cell(table, row, "", paper.TABLE_4["validation"][row], {**settings, "task": "clm", "training": training})
+        )
     return cells
 
 
@@ -286,7 +264,7 @@ def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
             table,
             row,
             name,
-            REPORTED_BY_COLUMN["5"][name].get(row),
+            paper.TABLE_5[name].get(row),
             {
                 "task": "glue",
                 "name": name,
@@ -321,7 +299,7 @@ def _arena_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
             variant = attention if attention == "t1" else "t2"
             sizes = {**_sizes(size, length), "intermediate_size": 2 * size.width}
             config = task.config(variant, **sizes)
-            if attention not in ("t1", "t2"):  # of this task, whose backbone is another one already
+            if attention not in ("t1", "t2"):  # in the task's own backbone
                 config = BaselineConfig(**backbone_fields(config), mixer=attention)
             settings = {
                 "task": "lra",
@@ -331,7 +309,7 @@ def _arena_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
                 "training": training,
                 "data": source,
             }
-            cells.append(Cell(table, row, name, REPORTED_BY_COLUMN["6"][name].get(row), settings))
+            cells.append(Cell(table, row, name, paper.TABLE_6[name].get(row), settings))
     return cells
 
 
@@ -366,12 +344,12 @@ def cell_file(folder: Path, cell: Cell) -> Path:
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
-    """What the files of all cells hold."""
+    """The contents of all cells' files."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cells/*/*.json"))]
 
 
 def find_result(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A result of a training with these settings. One that failed is none: it is tried again."""
+    """The result of a run with these settings; a failed run does not count, it is tried again."""
     for result in results:
         if result["settings"] == settings and result["status"] != "failed":
             return result
@@ -379,7 +357,7 @@ def find_result(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any
 
 
 def check_folder(folder: Path, cells: Sequence[Cell], results: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where a cell's file holds a result of other settings: it would be lost."""
+    """Raises ValueError if a cell's file holds the result of other settings, which would be overwritten."""
     for cell in cells:
         for result in results:
             if place_of(result) == cell.place and result["settings"] != cell.settings:
@@ -402,19 +380,19 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 
 
 def place_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a result stands, as `Cell.place`."""
+    """The place of a result, as `Cell.place`."""
     return {name: result[name] for name in ("table", "row", "column", "seed")}
 
 
 def without_place(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What can be said of another cell of the same settings."""
+    """The part of a result that holds for any cell with the same settings."""
     return {name: value for name, value in result.items() if name not in (*place_of(result), "paper")}
 
 
 def write_cell(folder: Path, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a cell's file and return what it holds.
+    """Write a cell's file and return its content.
 
-    result: "status" ("done", "diverged" or "failed"), "figures", "seconds", "versions", and what else there is to say.
+    result: "status" ("done", "diverged" or "failed"), "figures", "seconds", "versions", and anything worth noting.
     """
     content = {**cell.place, "paper": cell.paper, **result, "settings": cell.settings}
     write_atomically(cell_file(folder, cell), json.dumps(content, indent=1, allow_nan=False) + "\n")

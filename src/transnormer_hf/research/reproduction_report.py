@@ -1,7 +1,7 @@
-"""What the cells of `reproduction.py` found, as Markdown and figures: tables, their order, and conclusions.
+"""The results of the cells of `reproduction.py` as Markdown and figures: tables, the order of rows, conclusions.
 
-Every sentence about a figure is made from the cells' files. Where there are several seeds, a difference that is smaller
-than the spread between them decides nothing; where there is one, a difference of less than 2 %.
+Every sentence about a figure is derived from the cells' files. With several seeds, a difference within the spread
+between them decides nothing; with one seed, a difference of less than 2 %.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 
 from ..hub.model_card import markdown_table
 from ..training.files import replacing, write_atomically
+from . import paper
 from .ablations import find_ablations
 from .reproduction import (
     ABLATION_TABLES,
@@ -21,7 +22,6 @@ from .reproduction import (
     CURVES,
     GRADIENT_ROWS,
     MODELS,
-    REPORTED_SPEED,
     TABLES,
     read_cells,
 )
@@ -47,7 +47,7 @@ TITLES = {
 
 
 class Figure(NamedTuple):
-    """What a table is about: the name of the figure in a cell's file, what it is in words, and which way is better."""
+    """What a table shows: the figure's name in a cell's file, its title, and whether more is better."""
 
     name: str
     title: str
@@ -66,7 +66,7 @@ FIGURES = {
 
 
 class Claim(NamedTuple):
-    """A conclusion of the paper: in its table, one row is better than another; by `factor`, where that is claimed."""
+    """A conclusion of the paper: in this table, one row is better than another, by `factor` where that is claimed."""
 
     text: str
     table: str
@@ -96,14 +96,14 @@ CLAIMS = (
 )
 
 
-TOO_SMALL = 0.02  # relative difference that decides nothing where there is one seed
+TOO_SMALL = 0.02  # relative difference that decides nothing with one seed
 
 
 # ---- Numbers ----
 
 
 def value_of(result: Result) -> float | None:
-    """A cell's figure; infinite (or 0, where more is better) for a training that diverged, None for one that failed."""
+    """A cell's figure; infinite (or 0 if more is better) for a run that diverged, None for one that failed."""
     figure = FIGURES[result["table"]]
     if result["status"] == "failed":
         return None
@@ -114,7 +114,7 @@ def value_of(result: Result) -> float | None:
 
 
 def values_by_seed(results: Iterable[Result], table: str, row: str, column: str) -> dict[int, float]:
-    """Seed -> figure of the cells in one place."""
+    """Seed -> figure, for the cells of one row and column."""
     place = (table, row, column)
     found = {result["seed"]: value_of(result) for result in results if _place(result) == place}
     return {seed: value for seed, value in sorted(found.items()) if value is not None}
@@ -129,12 +129,12 @@ def mean(values: Iterable[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Largest less smallest; 0 where all are infinite."""
+    """Largest minus smallest; 0 if all are infinite."""
     return 0.0 if max(values) == min(values) else max(values) - min(values)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Rank correlation, equal values sharing their rank; NaN where one side has one value only."""
+    """Rank correlation, ties sharing their rank; NaN if all values of one side are equal."""
     ranks = torch.stack([_ranks(torch.tensor(values, dtype=torch.float64)) for values in (first, second)])
     return torch.corrcoef(ranks)[0, 1].item()
 
@@ -147,7 +147,7 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def judge(claim: Claim, column: str, results: Sequence[Result]) -> str | None:
-    """Whether a conclusion holds in a column, in a sentence; None where one of its rows has not been run."""
+    """A sentence on whether a conclusion holds in a column; None if one of its rows has not been run."""
     better, worse = (values_by_seed(results, claim.table, row, column) for row in (claim.better, claim.worse))
     seeds = sorted(set(better) & set(worse))
     if not seeds:
@@ -176,7 +176,7 @@ def judge(claim: Claim, column: str, results: Sequence[Result]) -> str | None:
 
 
 def conclusions(results: Sequence[Result]) -> list[str]:
-    """A sentence for every conclusion and column; for one that no cell speaks of, that it was not run."""
+    """A sentence for every conclusion and column, also for conclusions whose rows have not been run."""
     sentences = []
     for claim in CLAIMS:
         columns = dict.fromkeys(result["column"] for result in results if result["table"] == claim.table)
@@ -186,7 +186,7 @@ def conclusions(results: Sequence[Result]) -> list[str]:
 
 
 def describe_order(table: str, column: str, results: Sequence[Result]) -> str | None:
-    """Our order of the rows for which the paper's figures are known, and its, best first; None for one such row."""
+    """Our order of the rows and the paper's, best first; None unless the paper's figures of two rows are known."""
     rows = {}
     for result in results:
         if (result["table"], result["column"]) == (table, column) and result["paper"] is not None:
@@ -209,14 +209,14 @@ def describe_order(table: str, column: str, results: Sequence[Result]) -> str | 
 
 
 def describe_blocks(results: Sequence[Result]) -> str:
-    """How many tokens a block has here, by the name that it has in the paper."""
+    """Tokens per block here, by the row's name in the paper."""
     tokens = {result["row"]: result["settings"]["model"]["block_size"] for result in results}
     listed = sorted(tokens.items(), key=lambda item: item[1])
     return f"Tokens of a block here: {', '.join(f'{row}: {count}' for row, count in listed)}."
 
 
 def describe_steps(results: Sequence[Result]) -> str | None:
-    """How long each row of a table was trained; None where all were as long."""
+    """How long each row of a table was trained; None if all were trained equally long."""
     steps: dict[str, set[int]] = {}
     for result in results:
         if "training" in result["settings"]:
@@ -237,7 +237,7 @@ def number(value: float) -> str:
 
 
 def draw(folder: Path) -> None:
-    """Write `results.md` and the figures from the cells in a folder. Raises FileNotFoundError where there are none."""
+    """Write `results.md` and the figures from the cells in a folder. Raises FileNotFoundError if there are none."""
     results = read_cells(folder)
     if not results:
         raise FileNotFoundError(f"--output_dir {folder} holds no cells to draw: run some first.")
@@ -276,7 +276,7 @@ within the spread between the seeds decides nothing, nor does one of less than 2
 
 
 def describe_settings(results: Sequence[Result]) -> list[str]:
-    """One line on each kind of training: what the settings of its cells are about."""
+    """One line per kind of training, with the settings of its cells."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         kinds.setdefault(result["settings"]["task"], []).append(result["settings"])
@@ -343,7 +343,7 @@ def draw_table(table: str, results: Sequence[Result]) -> str:
 
 
 def describe_cells(results: Sequence[Result]) -> str:
-    """The mean over seeds and what each seed found; of a training that diverged, where."""
+    """The mean over seeds, each seed's figure, and where a run diverged."""
     values = [value for result in results if (value := value_of(result)) is not None]
     notes = [f"failed: {result['error'].splitlines()[0]}" for result in results if result["status"] == "failed"]
     notes += [
@@ -361,20 +361,20 @@ def describe_cells(results: Sequence[Result]) -> str:
 
 
 def draw_speed(results: Sequence[Result]) -> list[str]:
-    """Training steps per second; the paper's are those of a GPU, so what can be compared is the share of Vanilla's."""
+    """Training steps per second. The paper's are a GPU's: only ratios between rows can be compared."""
     steps = {(row["model"], row["length"]): row["steps_per_second"] for row in results[0]["figures"]["training"]}
     lengths = sorted({length for _, length in steps})
     lines = []
     for model in dict.fromkeys(model for model, _ in steps):
         ours = [f"{steps[model, length]:.3g}" if (model, length) in steps else "–" for length in lengths]
         lines.append([model, *ours])
-    for model, papers in REPORTED_SPEED.items():
+    for model, papers in paper.TABLE_7.items():
         lines.append([f"{model}, paper (A6000)", *(f"{papers[n]:g}" if n in papers else "–" for n in lengths)])
     return ["Training, steps per second.", markdown_table(["", *map(str, lengths)], lines)]
 
 
 def draw_curves(results: Sequence[Result]) -> list[str]:
-    """Accumulated attention at r = 0.4, mean over layers."""
+    """Accumulated attention at several r, mean over layers, and whether vanilla attention is the more local one."""
     curves = {row: accumulated_curve(results, row) for row in row_order("fig2", results)}
     known = {row: curve for row, curve in curves.items() if curve is not None}
     lines = [[row, *(f"{dict(zip(*curve, strict=True))[r]:.3f}" for r in SHOWN_RATIOS)] for row, curve in known.items()]
@@ -398,7 +398,7 @@ SHOWN_RATIOS = (0.1, 0.2, 0.4, 0.8)
 
 
 def accumulated_curve(results: Sequence[Result], row: str) -> tuple[list[float], list[float]] | None:
-    """Ratios and accumulated attention of a row, mean over seeds and layers; None where nothing was measured."""
+    """Ratios and accumulated attention of a row, mean over seeds and layers; None if nothing was measured."""
     measured = [r["figures"]["attention"] for r in results if r["row"] == row and "attention" in r["figures"]]
     curves = [layer["curve"] for attention in measured for layer in attention["layers"] if None not in layer["curve"]]
     if not curves:
@@ -450,7 +450,7 @@ IMAGES = {
 
 
 def draw_figures(results: Sequence[Result], folder: Path) -> list[str]:
-    """Write the figures that there are results for, and return their names; none without matplotlib."""
+    """Draw a figure for each table with results and return the names; none without matplotlib."""
     try:
         from matplotlib.figure import Figure as Canvas
     except ImportError:
@@ -487,7 +487,7 @@ def _plot_curves(canvas: Any, results: Sequence[Result]) -> None:
 
 
 def _plot_rows(canvas: Any, table: str, results: Sequence[Result]) -> None:
-    """A line per row: each seed a point, columns in colours, the worst at the right."""
+    """A line per row: a point per seed, a colour per column, the worst at the right."""
     axes = canvas.add_subplot()
     rows = row_order(table, results)
     for number_of_column, column in enumerate(dict.fromkeys(result["column"] for result in results)):

@@ -1,13 +1,12 @@
 """Sequence parallelism: each rank of a process group holds a slice of every sequence.
 
-NormAttention meets all that its queries do not have in their own slice as one state K^T V, so the ranks exchange their
-(head_dim x head_dim) states and nothing that is as long as the sequence. DiagAttention exchanges nothing, provided that
-no block lies in two slices. Everything else in the model looks at one token at a time.
+To a query of NormAttention, all tokens of other slices are one state K^T V: the ranks exchange (head_dim x head_dim)
+states, and nothing as long as the sequence. DiagAttention exchanges nothing, provided that no block is cut by the end
+of a slice. Everything else in the model works token by token.
 
-Rank 0 holds the beginning of the sequences. All ranks must take part in every forward and in every backward.
+Rank 0 holds the beginning of the sequences. All ranks must take part in every forward and every backward.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from ..model.modeling_transnormer import (
+    TransNormerAttention,
+    TransNormerDiagAttention,
     TransNormerForCausalLM,
     TransNormerForMaskedLM,
     TransNormerForTokenClassification,
@@ -44,16 +45,16 @@ def sequence_parallel_norm_attention(
 ) -> torch.Tensor:
     """`norm_attention` of a sequence that is split over the ranks of `group`.
 
-    The output of a slice is norm_attention with the states of the other slices for initial state: of those before it
-    (causal) or of all others. One all-gather of (batch, heads, head_dim, head_dim) states in forward and one of their
-    gradients in backward.
+    The output of a slice is norm_attention whose initial state is the sum of the states of the slices before it
+    (causal) or of all others. Forward all-gathers one state per slice, (batch, heads, head_dim, head_dim), and backward
+    its gradient.
 
     Args:
         query, key, value: (batch, heads, seq, head_dim), this rank's slice; slices may differ in length.
         causal, feature_map, lrpe, backend: as in `norm_attention`, the same on every rank. The gradients of `lrpe` are
-            those of this slice; their sum over the ranks is that of the sequence.
+            those of this slice; summed over the ranks, they are those of the sequence.
         attention_mask: (batch, seq), this rank's slice of it.
-        metadata: what `sequence_parallel_metadata` gives, in place of attention_mask; one serves all layers of a model.
+        metadata: from `sequence_parallel_metadata`, in place of attention_mask; one serves all layers of a model.
         group: the ranks that share the sequences; None for all.
 
     Returns:
@@ -129,9 +130,9 @@ def sequence_parallel_metadata(
     max_length: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> AttentionMetadata:
-    """`attention_metadata` of this rank's slice, with positions counted from where its sequences begin on an earlier rank.
+    """`attention_metadata` of this rank's slice; positions count from where its sequences begin, on whichever rank.
 
-    The ranks exchange their lengths, and the host looks at them: once per forward of a model.
+    The ranks exchange their lengths, and the host waits for them: once per forward of a model.
 
     Args:
         batch_size, seq_len: the shape of this rank's slice.
@@ -175,61 +176,93 @@ def sequence_parallel_metadata(
 def make_sequence_parallel(
     model: TransNormerPreTrainedModel, group: dist.ProcessGroup | None = None
 ) -> TransNormerPreTrainedModel:
-    """Change a model in place so that the ranks of `group` each give it their slice of the same sequences.
+    """Make the ranks of `group` share sequences: each gives the model its slice of them.
 
     input_ids, attention_mask, labels and logits are then those of the slice. The label of a causal model's last token
     lies on the next rank, so shift the labels before cutting them, and pass the slice as `labels` and `shift_labels`
     (contiguous). The gradient of the whole sequence is the sum of the ranks' gradients of *summed* losses.
 
+    Returns:
+        The model, whose backbone and NormAttentions are now those of this file, with the same parameters; of a model
+        without a head, which is all backbone, another object.
+
     Raises:
-        ValueError: a head that pools over the sequence, or a batch norm, which takes all tokens together.
+        ValueError: a head that pools over the sequence, an attention that is not TransNormer's, or a batch norm, which
+            takes all tokens together.
     """
     if not isinstance(model, HEADS):
         raise ValueError(
             f"model is a {type(model).__name__}, which pools over the sequence; sequence parallelism is there for "
             f"{', '.join(head.__name__ for head in HEADS)}."
         )
-    if any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules()):
-        raise ValueError(
-            'model has a norm of type "batch", over the tokens of all ranks; sequence parallelism is there for '
-            '"simple_rms", "rms" and "layer".'
-        )
     for module in model.modules():
-        if isinstance(module, TransNormerModel):
-            module._metadata = partial(_slice_metadata, module, group)  # type: ignore[method-assign]
-        elif isinstance(module, TransNormerNormAttention):
-            module.attend = partial(_attend, module, group)  # type: ignore[method-assign]
-    return model
+        if isinstance(module, torch.nn.BatchNorm1d):
+            raise ValueError(
+                'model has a norm of type "batch", over the tokens of all ranks; sequence parallelism is there for '
+                '"simple_rms", "rms" and "layer".'
+            )
+        if isinstance(module, TransNormerAttention) and not isinstance(
+            module, TransNormerNormAttention | TransNormerDiagAttention
+        ):
+            raise ValueError(
+                f"model has a {type(module).__name__}, whose tokens meet those of other ranks; sequence parallelism is "
+                "there for DiagAttention and NormAttention."
+            )
+    for parent in list(model.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, TransNormerNormAttention):
+                setattr(parent, name, SequenceParallelNormAttention(module, group))
+            elif isinstance(module, TransNormerModel):
+                setattr(parent, name, SequenceParallelModel(module, group))
+    return SequenceParallelModel(model, group) if isinstance(model, TransNormerModel) else model
 
 
-def _slice_metadata(model, group, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens):
-    for name, value in {"past_key_values": cache, "cu_seq_lens_q": cu_seqlens, "position_ids": position_ids}.items():
-        if value is not None:
-            raise ValueError(f"{name} was given to a sequence-parallel model, which takes slices without it.")
-    config, (batch_size, seq_len, _) = model.config, inputs_embeds.shape
-    return sequence_parallel_metadata(
-        batch_size,
-        seq_len,
-        inputs_embeds.device,
-        attention_mask,
-        block_size=None if set(config.layer_types) == {"linear_attention"} else config.block_size,
-        max_length=config.max_position_embeddings if config.position_embedding == "learned" else None,
-        group=group,
-    )
+class SequenceParallelNormAttention(TransNormerNormAttention):
+    """NormAttention of a slice, which also meets the states of the other ranks."""
+
+    def __init__(self, attention: TransNormerNormAttention, group: dist.ProcessGroup | None):
+        torch.nn.Module.__init__(self)
+        self.__dict__.update(attention.__dict__)  # its parts and settings: nothing is made anew
+        self.group = group
+
+    def attend(self, query, key, value, metadata, lrpe, state):
+        if state is not None:
+            raise ValueError("a sequence-parallel model keeps no past_key_values; pass use_cache=False.")
+        if value.dtype == torch.float16:  # as in one process: the norm brings the sums back into its range
+            query, key, value = query.float(), key.float(), value.float()
+        return sequence_parallel_norm_attention(
+            query,
+            key,
+            value,
+            **self.options,
+            lrpe=lrpe,
+            metadata=metadata,
+            backend=self.config.backend,
+            group=self.group,
+        )
 
 
-def _attend(attention, group, query, key, value, metadata, lrpe, state):
-    if state is not None:
-        raise ValueError("a sequence-parallel model keeps no past_key_values; pass use_cache=False.")
-    if value.dtype == torch.float16:  # as in one process: the norm brings the sums back into its range
-        query, key, value = query.float(), key.float(), value.float()
-    return sequence_parallel_norm_attention(
-        query,
-        key,
-        value,
-        **attention.options,
-        lrpe=lrpe,
-        metadata=metadata,
-        backend=attention.config.backend,
-        group=group,
-    )
+class SequenceParallelModel(TransNormerModel):
+    """The backbone of a slice, whose positions go on from the ranks before."""
+
+    def __init__(self, model: TransNormerModel, group: dist.ProcessGroup | None):
+        torch.nn.Module.__init__(self)
+        self.__dict__.update(model.__dict__)
+        self.group = group
+
+    def _metadata(self, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens):
+        given = {"past_key_values": cache, "cu_seq_lens_q": cu_seqlens, "position_ids": position_ids}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} was given to a sequence-parallel model, which takes slices without it.")
+        config: Any = self.config
+        batch_size, seq_len, _ = inputs_embeds.shape
+        return sequence_parallel_metadata(
+            batch_size,
+            seq_len,
+            inputs_embeds.device,
+            attention_mask,
+            block_size=None if set(config.layer_types) == {"linear_attention"} else config.block_size,
+            max_length=config.max_position_embeddings if config.position_embedding == "learned" else None,
+            group=self.group,
+        )

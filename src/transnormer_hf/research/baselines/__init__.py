@@ -1,4 +1,6 @@
-"""The rivals of TransNormer's attentions, each a token mixer in the same backbone.
+"""The attentions that TransNormer is compared with, each a token mixer in the same backbone.
+
+Importing this package registers them with the Auto classes.
 
     from transformers import AutoConfig, AutoModelForMaskedLM
     from transnormer_hf.research.baselines import baseline_config
@@ -6,8 +8,8 @@
     config = AutoConfig.from_pretrained("model_cards/transnormer-t2-base")
     model = AutoModelForMaskedLM.from_config(baseline_config(config, "performer"))
 
-A rival is one file of this folder with a class under `@register_mixer("name")`: a `FeatureMixer` where it is linear
-attention, else a `Mixer`. Every file here is imported, so nothing else has to name it.
+A baseline is one file of this folder with a class under `@register_mixer("name")`: a `FeatureMixer` if it is linear
+attention, else a `Mixer`. Every file here is imported, so none has to be listed elsewhere.
 """
 
 import importlib

@@ -11,8 +11,8 @@ from .mixer import FeatureMixer, register_mixer
 
 @register_mixer("cosformer")
 class CosformerMixer(FeatureMixer):
-    """M is the length of the sequence where both sides are seen. A causal token does not know that length: there M is
-    `max_position_embeddings`, and longer inputs raise."""
+    """M is the length of the sequence. A causal token cannot know it: there M is `max_position_embeddings`, and longer
+    inputs raise ValueError."""
 
     def features(self, query, key, metadata, causal):
         seq_len = query.shape[2]

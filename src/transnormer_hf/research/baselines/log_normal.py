@@ -16,9 +16,9 @@ from ...model.ops_transnormer import diag_attention, diag_attention_map
 from ...model.reference_transnormer import AttentionMetadata
 from .mixer import ExponentialMixer, Mixer, register_mixer
 
-# a and b of the authors' code; they hold for their head dim, 64, only.
+# a and b of the authors' code, for their head dim of 64.
 PUBLISHED_CONSTANTS = {64: (0.14855178144710912, -0.35487039130661086)}
-# Variances of the exponent between which the line is fitted. At head dim 64 it comes out as the published one.
+# Variances of the exponent through which the line is fitted. At head dim 64 it reproduces the published one.
 FITTED_VARIANCES = (4.0, 6.0, 8.0, 10.0)
 FIT_SAMPLES = 50_000
 MODES = ("average", "learnable_scale", "learnable_ratio")
@@ -36,7 +36,7 @@ def moment_matching_constants(head_dim: int) -> tuple[float, float]:
 
 
 def fit_constants(head_dim: int) -> tuple[float, float]:
-    """The line of `moment_matching_constants`, fitted whatever the head dim."""
+    """The fitted line of `moment_matching_constants`, also at the head dim whose constants are published."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(FIT_SAMPLES, head_dim, generator=generator)
     variances = torch.tensor(FITTED_VARIANCES)
@@ -50,9 +50,9 @@ def fit_constants(head_dim: int) -> tuple[float, float]:
 class LogNormalMixer(ExponentialMixer):
     """Moments are over real tokens only.
 
-    Bidirectional: one standard deviation for the whole batch, heads and channels together, as in the authors' code; so
-    what else is in a batch matters. Causal, our own form, for theirs takes the moments of the future as well: each
-    token has those of its row up to itself, alpha_i for its query and beta_i for its key.
+    Bidirectional: one standard deviation over the whole batch, heads and channels, as in the authors' code, so a text's
+    output depends on the rest of its batch. The causal form is ours; the original leaks future moments. Here each token
+    has the moments of its row up to itself, alpha_i for its query and beta_i for its key.
     """
 
     def exponents(self, query, key, metadata, causal):
@@ -81,8 +81,8 @@ def batch_std(states: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor
 def running_std(states: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
     """The standard deviation (unbiased) of a row's real tokens up to each one: (batch, 1, seq, 1).
 
-    Sums of squares about each token's own mean, then those means about their common one, so that no large numbers are
-    taken from each other.
+    Squares within each token about its own mean, plus those of the token means about theirs: no large numbers are
+    subtracted from each other.
     """
     per_token = states.shape[1] * states.shape[3]
     is_real = torch.ones_like(states[:, 0, :, 0]) if metadata.is_real is None else metadata.is_real.to(states.dtype)

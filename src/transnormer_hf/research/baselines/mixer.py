@@ -1,4 +1,4 @@
-"""What a token mixer is, the registry of their names, and linear attention with a denominator.
+"""Token mixers: their base classes, their registry, the attention around one, linear attention with a denominator.
 
 Shapes are (batch, heads, seq, head_dim) throughout. A mixer computes in float32 at least; `metadata` says which tokens
 are real. Outputs at padding are finite and otherwise undefined.
@@ -6,15 +6,17 @@ are real. Outputs at padding are finite and otherwise undefined.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ...model.configuration_transnormer import TransNormerConfig
+from ...model.modeling_transnormer import ATTENTION_CLASSES, TransNormerAttention
 from ...model.ops_transnormer import norm_attention
-from ...model.reference_transnormer import AttentionMetadata, zero_padding
+from ...model.reference_transnormer import AttentionMetadata, attention_metadata, compute_dtype, zero_padding
 
 MIXERS: dict[str, type["Mixer"]] = {}
 MixerClass = TypeVar("MixerClass", bound="type[Mixer]")
@@ -22,17 +24,18 @@ CHUNK_SIZE = 64
 
 
 def register_mixer(name: str) -> Callable[[MixerClass], MixerClass]:
-    """Makes a `Mixer` available as `mixer=name`."""
+    """Makes a `Mixer` available as `mixer=name`, and as a layer type of the backbone."""
 
     def register(mixer_class: MixerClass) -> MixerClass:
         MIXERS[name] = mixer_class
+        ATTENTION_CLASSES.setdefault(name, partial(MixerAttention, name=name))
         return mixer_class
 
     return register
 
 
 class Mixer(nn.Module, ABC):
-    """What stands between the projections of an attention. Keyword arguments of a subclass are its `mixer_options`."""
+    """What an attention computes between its projections. A subclass's keyword arguments are its `mixer_options`."""
 
     takes_half_precision = False  # otherwise inputs are float32 at least
 
@@ -51,6 +54,61 @@ class Mixer(nn.Module, ABC):
     ) -> torch.Tensor | None:
         """The definition as a map (batch, heads, seq, seq) to multiply the values with; None where there is none."""
         return None
+
+
+class MixerAttention(TransNormerAttention):
+    """Projections around a mixer. `backend="eager"` multiplies by the mixer's map, its definition."""
+
+    def __init__(self, config: Any, name: str):
+        super().__init__(config, has_norm=False)
+        self.lrpe = None
+        self.name = name
+        self.mixer = MIXERS[name](config, **(config.mixer_options or {}).get(name, {}))
+
+    def attend(self, query, key, value, metadata, lrpe, state):
+        weights = self.attention_map(query, key, metadata, lrpe) if self.config.backend == "eager" else None
+        if weights is not None:
+            return (weights @ zero_padding(value.to(weights.dtype), metadata)).to(value.dtype)
+        wide = value.dtype if self.mixer.takes_half_precision else compute_dtype(value.dtype)
+        rows = _one_sequence_per_row(metadata)
+        query, key, value_states = (_unpack(states.to(wide), metadata, rows) for states in (query, key, value))
+        with torch.autocast(query.device.type, enabled=False):  # sums stay in float32
+            output = self.mixer(query, key, value_states, rows, self.config.is_causal)
+        if rows is not metadata:  # (sequences, heads, longest, head_dim) to (1, heads, seq, head_dim)
+            output = output[metadata.sequence_ids, :, metadata.positions].transpose(0, 1)[None]
+        return output.to(value.dtype)
+
+    def attention_map(self, query, key, metadata, lrpe):
+        wide = compute_dtype(query.dtype)
+        rows = _one_sequence_per_row(metadata)
+        query, key = (_unpack(states.to(wide), metadata, rows) for states in (query, key))
+        with torch.autocast(query.device.type, enabled=False):  # sums stay in float32
+            weights = self.mixer.attention_map(query, key, rows, self.config.is_causal)
+        if weights is None or rows is metadata:
+            return weights
+        sequence, position = metadata.sequence_ids, metadata.positions  # (seq,)
+        weights = weights[sequence[:, None], :, position[:, None], position]  # (seq, seq, heads)
+        is_other = sequence[:, None] != sequence
+        return weights.masked_fill(is_other[..., None], 0).permute(2, 0, 1)[None]
+
+
+def _one_sequence_per_row(metadata: AttentionMetadata) -> AttentionMetadata:
+    """Packed sequences as a padded batch, (sequences, longest): mixers do not know packing."""
+    if metadata.cu_seqlens is None:
+        return metadata
+    sequences, longest = len(metadata.cu_seqlens), int(metadata.positions.max()) + 1
+    is_real = metadata.positions.new_zeros(sequences, longest)
+    is_real[metadata.sequence_ids, metadata.positions] = 1
+    return attention_metadata(sequences, longest, is_real.device, is_real)
+
+
+def _unpack(states: torch.Tensor, metadata: AttentionMetadata, rows: AttentionMetadata) -> torch.Tensor:
+    """(1, heads, seq, head_dim) to (sequences, heads, longest, head_dim), zeros where a sequence is shorter."""
+    if rows is metadata:
+        return states
+    unpacked = states.new_zeros(rows.is_real.shape[0], states.shape[1], rows.is_real.shape[1], states.shape[3])
+    unpacked[metadata.sequence_ids, :, metadata.positions] = states[0].transpose(0, 1)
+    return unpacked
 
 
 class FeatureMixer(Mixer):
@@ -77,8 +135,8 @@ class ExponentialMixer(Mixer):
 
     A subclass gives `exponents`. A constant per feature, added to the queries' exponents and taken from the keys',
     cancels in each product, and a constant per query in the quotient. So the largest key of each feature is scaled to
-    1, then the largest feature of each query: every denominator is at least 1. In a causal model the largest key of
-    all would be one of the future, and the exponents of a running maximum decay instead.
+    1, then the largest feature of each query, and every denominator is at least 1. In a causal model the largest key
+    of all may lie in the future: there keys are scaled by a running maximum.
     """
 
     @abstractmethod

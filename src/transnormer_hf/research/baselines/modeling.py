@@ -1,13 +1,12 @@
-"""TransNormer's backbone with a rival's token mixer in the place of its attentions, for all Auto classes.
+"""TransNormer's backbone with another token mixer in place of its attentions, for all Auto classes.
 
-These are research models: a checkpoint of one is loaded where this package is installed, no code goes with it.
+These are research models: a checkpoint of one loads only where this package is installed and
+`transnormer_hf.research.baselines` imported; no code goes with it.
 """
 
-import functools
 import inspect
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
@@ -24,8 +23,6 @@ from transformers import (
 
 from ...model.configuration_transnormer import DERIVED_FIELDS, LAYER_TYPES, TransNormerConfig
 from ...model.modeling_transnormer import (
-    ATTENTION_CLASSES,
-    TransNormerAttention,
     TransNormerForCausalLM,
     TransNormerForMaskedLM,
     TransNormerForMultipleChoice,
@@ -34,20 +31,18 @@ from ...model.modeling_transnormer import (
     TransNormerForTokenClassification,
     TransNormerModel,
 )
-from ...model.ops_transnormer import _without_autocast
-from ...model.reference_transnormer import AttentionMetadata, attention_metadata, compute_dtype, zero_padding
 from .mixer import MIXERS
 
 
 @strict
 class BaselineConfig(TransNormerConfig):
-    """Configuration of a rival in TransNormer's backbone: all fields of `TransNormerConfig`, and two more.
+    """Configuration of a baseline in TransNormer's backbone: all fields of `TransNormerConfig`, and two more.
 
     Args:
-        mixer: Name of the rival in every layer (`MIXERS`).
-        mixer_options: Keyword arguments of the mixer, by its name: `{"lln_diag": {"mode": "learnable_ratio"}}`.
-        layer_types: A rival or one of TransNormer's own attentions per layer (Table 3 mixes them). `None` is `mixer`
-            in every layer. Rivals have neither LRPE nor a norm around the attention, whatever the other fields say.
+        mixer: Name of the mixer in every layer (`MIXERS`).
+        mixer_options: Keyword arguments of mixers, by name: `{"lln_diag": {"mode": "learnable_ratio"}}`.
+        layer_types: A mixer or one of TransNormer's own attentions per layer (Table 3 mixes them). `None` means `mixer`
+            in every layer. A mixer has neither LRPE nor a norm after it, whatever the other fields say.
     """
 
     model_type = "transnormer_hf_baseline"
@@ -85,20 +80,20 @@ class BaselineConfig(TransNormerConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "BaselineConfig":
-        """As in TransNormerConfig; another `mixer` is another one in every layer."""
+        """As in TransNormerConfig; a `mixer` given here replaces that of every layer."""
         if "mixer" in kwargs:
             config_dict = {name: value for name, value in config_dict.items() if name != "layer_types"}
             config_dict["mixer"] = kwargs.pop("mixer")
         return super().from_dict(config_dict, **kwargs)
 
 
-# What a configuration says about its class and files, and what depends on the attentions it has.
+# Fields about a configuration's class and files, and those that depend on its attentions.
 NOT_CARRIED_OVER = {"model_type", "architectures", "auto_map", "transformers_version", "use_cache", "mixer"}
 NOT_CARRIED_OVER |= {"mixer_options", *DERIVED_FIELDS} - {"intermediate_size"}
 
 
 def baseline_config(config: TransNormerConfig, mixer: str, **mixer_options: Any) -> BaselineConfig:
-    """The backbone of `config` with a rival in every layer; any Auto class builds it (`from_config`).
+    """The backbone of `config` with this mixer in every layer; any Auto class builds it (`from_config`).
 
     Raises ValueError for a mixer or an option that does not exist.
     """
@@ -107,74 +102,17 @@ def baseline_config(config: TransNormerConfig, mixer: str, **mixer_options: Any)
 
 
 def backbone_fields(config: TransNormerConfig) -> dict[str, Any]:
-    """What is left of a configuration where its attentions are taken out."""
+    """The fields of a configuration that do not depend on its attentions."""
     return {name: value for name, value in config.to_dict().items() if name not in NOT_CARRIED_OVER}
 
 
-class MixerAttention(TransNormerAttention):
-    """Projections around a mixer. `backend="eager"` goes by way of the mixer's map, its definition."""
-
-    def __init__(self, config: BaselineConfig, name: str):
-        super().__init__(config, has_norm=False)
-        self.lrpe = None
-        self.name = name
-        self.mixer = MIXERS[name](config, **(config.mixer_options or {}).get(name, {}))
-
-    def attend(self, query, key, value, metadata, lrpe, state):
-        weights = self.attention_map(query, key, metadata, lrpe) if self.config.backend == "eager" else None
-        if weights is not None:
-            return (weights @ zero_padding(value.to(weights.dtype), metadata)).to(value.dtype)
-        wide = value.dtype if self.mixer.takes_half_precision else compute_dtype(value.dtype)
-        rows = _one_sequence_per_row(metadata)
-        query, key, value_states = (_unpack(states.to(wide), metadata, rows) for states in (query, key, value))
-        with _without_autocast(query.device):
-            output = self.mixer(query, key, value_states, rows, self.config.is_causal)
-        if rows is not metadata:  # (sequences, heads, longest, head_dim) to (1, heads, seq, head_dim)
-            output = output[metadata.sequence_ids, :, metadata.positions].transpose(0, 1)[None]
-        return output.to(value.dtype)
-
-    def attention_map(self, query, key, metadata, lrpe):
-        wide = compute_dtype(query.dtype)
-        rows = _one_sequence_per_row(metadata)
-        query, key = (_unpack(states.to(wide), metadata, rows) for states in (query, key))
-        with _without_autocast(query.device):
-            weights = self.mixer.attention_map(query, key, rows, self.config.is_causal)
-        if weights is None or rows is metadata:
-            return weights
-        sequence, position = metadata.sequence_ids, metadata.positions  # (seq,)
-        weights = weights[sequence[:, None], :, position[:, None], position]  # (seq, seq, heads)
-        is_other = sequence[:, None] != sequence
-        return weights.masked_fill(is_other[..., None], 0).permute(2, 0, 1)[None]
-
-
-def _one_sequence_per_row(metadata: AttentionMetadata) -> AttentionMetadata:
-    """Packed sequences as a padded batch, (sequences, longest), so that no mixer has to know of them."""
-    if metadata.cu_seqlens is None:
-        return metadata
-    sequences, longest = len(metadata.cu_seqlens), int(metadata.positions.max()) + 1
-    is_real = metadata.positions.new_zeros(sequences, longest)
-    is_real[metadata.sequence_ids, metadata.positions] = 1
-    return attention_metadata(sequences, longest, is_real.device, is_real)
-
-
-def _unpack(states: torch.Tensor, metadata: AttentionMetadata, rows: AttentionMetadata) -> torch.Tensor:
-    """(1, heads, seq, head_dim) to (sequences, heads, longest, head_dim), zeros where a sequence is shorter."""
-    if rows is metadata:
-        return states
-    unpacked = states.new_zeros(rows.is_real.shape[0], states.shape[1], rows.is_real.shape[1], states.shape[3])
-    unpacked[metadata.sequence_ids, :, metadata.positions] = states[0].transpose(0, 1)
-    return unpacked
-
-
 class Baseline:
-    """What the backbone and all heads have in common: another configuration, and no state to decode with."""
+    """Common to the backbone and all heads: their own configuration class, and no cache."""
 
     config_class = BaselineConfig
     _auto_class = None
 
     def __init__(self, config: BaselineConfig):
-        for name in MIXERS:  # here, so that a rival may register at any time
-            ATTENTION_CLASSES.setdefault(name, functools.partial(MixerAttention, name=name))
         super().__init__(config)  # type: ignore[call-arg]
         self.register_forward_pre_hook(_refuse_cache, with_kwargs=True)  # type: ignore[attr-defined]
 
@@ -182,7 +120,7 @@ class Baseline:
 def _refuse_cache(model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
     if options.get("use_cache") or options.get("past_key_values") is not None:
         given = "use_cache=True" if options.get("use_cache") else "past_key_values"
-        raise ValueError(f"{given}: the rivals carry no state from one forward to the next; pass use_cache=False.")
+        raise ValueError(f"{given}: baselines carry no state from one forward to the next; pass use_cache=False.")
 
 
 class BaselineModel(Baseline, TransNormerModel):
@@ -193,7 +131,7 @@ class BaselineForCausalLM(Baseline, TransNormerForCausalLM):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Every step of generation runs the whole text again."""
+        """Without a cache, every step of generation runs over the whole text."""
         generation_config.use_cache = False
 
 

@@ -45,7 +45,7 @@ def favor_directions(head_dim: int, num_features: int, seed: int) -> torch.Tenso
     blocks = []
     for _ in range(-(-num_features // head_dim)):
         block, triangle = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64))
-        # the factorisation prefers signs, and exp(w·x) needs w as often as -w: with R's diagonal positive Q is uniform
+        # a positive diagonal of R makes Q uniform; otherwise signs are biased, and exp(w·x) is not symmetric in w
         blocks.append(block * triangle.diagonal().sign())
     lengths = torch.randn(head_dim, num_features, generator=generator, dtype=torch.float64).norm(dim=0)
     return torch.cat(blocks, 1)[:, :num_features] * lengths

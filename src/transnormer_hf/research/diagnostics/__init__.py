@@ -1,7 +1,7 @@
-"""Instruments to see what an attention does: its maps, its gradients, and a report on a model.
+"""Instruments that show what an attention does: its maps, its gradients, and a report on a model.
 
-`maps.py` measures attention maps, `gradients.py` the gradients of scores and of training, `report.py` puts the first
-together for a model and a batch, and draws them.
+`maps.py` measures attention maps, `gradients.py` the gradients of scores and over a training run; `report.py` applies
+the instruments of `maps.py` to every layer of a model and draws the results.
 """
 
 from .gradients import (

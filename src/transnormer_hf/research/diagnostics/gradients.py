@@ -61,7 +61,7 @@ def shrinking_score_gradients(score: float, seq_len: int) -> dict[str, float]:
 
 
 class ScoreGradientBound(NamedTuple):
-    """Bounds on |dL/ds_ij| of NormAttention; `paper` is None where the paper has none."""
+    """Bounds on |dL/ds_ij| of NormAttention; `paper` is None if the paper has none."""
 
     tight: float
     paper: float | None
@@ -113,11 +113,11 @@ class GradientDeviationCallback(TrainerCallback):
     """The relative standard deviation of gradients over training (Table 2).
 
     g_t is the 2-norm of the gradient of all trainable parameters together before optimizer step t, and the figure is
-    the standard deviation of g_t (unbiased) over its mean, from step `skip_steps` on. The paper gives neither the
-    quantity nor the parameters: this definition is ours. The Trainer clips before: with `max_grad_norm=0`, the paper's
-    setting, the norms are those of the gradients themselves. A run that is resumed has the norms since then.
+    the standard deviation of g_t (unbiased) over its mean, from step `skip_steps` on. The paper defines neither the
+    quantity nor the parameters: this definition is ours. The Trainer clips first, so only with `max_grad_norm=0`, the
+    paper's setting, are the norms those of the raw gradients. A resumed run has only the norms since it was resumed.
 
-    At the end of training, `gradient_deviation.json` in the output folder has the figure, the norms and the definition.
+    At the end of training, the figure, the norms and the definition are written to `gradient_deviation.json`.
     """
 
     definition = "std / mean over optimizer steps of the 2-norm of the gradient of all trainable parameters"

@@ -1,4 +1,4 @@
-"""Linear Log-Normal Attention against softmax: how concentrated they are, and what they keep in memory.
+"""Linear Log-Normal Attention against softmax: concentration of the maps and memory for the backward pass.
 
 The comparison of https://arxiv.org/abs/2311.13541 on queries and keys of independent Gaussian channels, where moment
 matching gives both maps the same variance of log p. Entropy and gap are those of `maps.py`.
@@ -47,7 +47,7 @@ def compare_concentration(
 def compare_memory(lengths: Sequence[int], head_dim: int) -> list[dict[str, int]]:
     """For each length, the bytes that autograd keeps for the backward pass of one head.
 
-    "softmax map" forms the map, as the definition says; "softmax" is torch's fused attention, and "lln" linear.
+    "softmax map" forms the map, as in the definition; "softmax" is torch's fused attention, "lln" the linear form.
     """
     softmax, log_normal = (_mixer(name, head_dim) for name in COMPARED)
     ways: dict[str, Callable[..., torch.Tensor]] = {
@@ -78,7 +78,7 @@ def _kept_bytes(run: Callable[[], torch.Tensor]) -> int:
 
 
 def log_normal_error(tokens: int, head_dim: int, generator: torch.Generator) -> float:
-    """The largest difference of LLN's linear form from its map times the values, by the largest output."""
+    """The largest difference between LLN's linear form and its map times the values, relative to the largest output."""
     metadata = attention_metadata(1, tokens, torch.device("cpu"))
     query, key, value = (torch.randn(1, 1, tokens, head_dim, generator=generator) for _ in range(3))
     mixer = _mixer("lln", head_dim)

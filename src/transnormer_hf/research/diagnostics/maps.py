@@ -2,10 +2,10 @@
 
 A map is (batch, heads, seq, seq), one row per query, from a softmax, from linear attention or from NormAttention,
 whose map has no denominator and may be negative. Each instrument first makes its rows sum to 1 (`normalize_rows`);
-`attention_mask` is (batch, seq) with 1 for real tokens, whose rows and columns alone are measured. Rows that say
-nothing (padding, or no key seen) are NaN in what is given per row, and left out of every mean.
+`attention_mask` is (batch, seq) with 1 for real tokens; only their rows and columns are measured. Empty rows (padding,
+or no key seen) are NaN in results per row and left out of every mean.
 
-Where the papers leave a definition open, the one here is ours, and says so.
+Where the papers leave a definition open, ours is marked as such.
 """
 
 import math
@@ -38,7 +38,7 @@ def normalize_rows(
 
 
 def mean_over_rows(per_row: torch.Tensor) -> torch.Tensor:
-    """The mean of what is not NaN over batch and rows, (batch, heads, seq) to (heads,): each row counts the same."""
+    """The mean over batch and rows, without NaN; (batch, heads, seq) to (heads,). Each row has the same weight."""
     return per_row.nanmean((0, 2))
 
 
@@ -153,7 +153,7 @@ def attention_temperature(weights: torch.Tensor, attention_mask: torch.Tensor | 
     count = is_seen.sum(-1)
     mean = logs.sum(-1) / count.clamp(min=1)
     variance = ((logs - mean[..., None]) * is_seen).square().sum(-1) / (count - 1).clamp(min=1)
-    # what rounding leaves of the logarithms of equal numbers is no variance
+    # equal weights have no variance, only rounding errors
     rounding = 4 * torch.finfo(logs.dtype).eps * mean.abs()
     variance = torch.where(variance.sqrt() <= rounding, 0.0, variance)
     return variance.masked_fill(count < 2, math.nan).nanmean(-1).rsqrt()
@@ -165,7 +165,7 @@ class LogNormalFit(NamedTuple):
     mean, variance: of log p, natural logarithm, the maximum-likelihood fit.
     distance: Kolmogorov-Smirnov's, the largest difference between the distribution of the weights and that of the fit:
         near 0 for a good fit, at most 1.
-    num_weights: how many weights there are that are not 0.
+    num_weights: number of nonzero weights.
     """
 
     mean: torch.Tensor
@@ -175,9 +175,9 @@ class LogNormalFit(NamedTuple):
 
 
 def fit_log_normal(weights: torch.Tensor, attention_mask: torch.Tensor | None = None) -> LogNormalFit:
-    """Fits a log-normal to all weights p_ij > 0 of a head's map, rows of different texts apart.
+    """Fits a log-normal to all weights p_ij > 0 of each head's map, separately for each text.
 
-    NaN where fewer than two weights are left; a distance of 1 where all are equal.
+    NaN with fewer than two weights; a distance of 1 if all are equal.
     """
     logs, is_seen = (t.flatten(-2) for t in _log_probabilities(weights, attention_mask))  # (batch, heads, seq * seq)
     count = is_seen.sum(-1)
@@ -196,7 +196,7 @@ def fit_log_normal(weights: torch.Tensor, attention_mask: torch.Tensor | None = 
 
 
 def _log_probabilities(weights: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p_ij, 0 where there is none, and where there is one; (batch, heads, seq, seq) both."""
+    """log p_ij, with 0 in place of log 0, and the mask of p_ij > 0; (batch, heads, seq, seq) both."""
     probabilities = normalize_rows(weights, attention_mask)
     is_seen = probabilities > 0
     return torch.where(is_seen, probabilities, 1).log(), is_seen

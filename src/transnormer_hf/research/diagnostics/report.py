@@ -42,12 +42,12 @@ MEASURES = {
 
 @dataclass
 class AttentionReport:
-    """What `attention_report` found.
+    """The result of `attention_report`.
 
     layers: one mapping per map: "layer", "kind", each of MEASURES as a list with one number per head (None where there
         is none), and "curve", the accumulated attention at each of `ratios`, the mean over heads.
     maps: per layer, the normalised map of the first text, mean over heads, real tokens only: (seq, seq).
-    log_weights: per layer, log p of the weights that are not 0, of the whole batch, head by head with mean 0.
+    log_weights: per layer, log p of the nonzero weights of the whole batch, centred per head.
     """
 
     ratios: Sequence[float]
@@ -114,7 +114,7 @@ class AttentionReport:
         return figure
 
     def to_html(self, title: str, text: str = "") -> str:
-        """One page with the table and the figures in it, no other file needed; title and text are escaped."""
+        """A self-contained page with the table and the figures; title and text are escaped."""
         header, *rows = self.rows()
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
@@ -173,13 +173,13 @@ divided by their sum.</p>
 def attention_report(
     model: PreTrainedModel, batch: Mapping[str, torch.Tensor], ratios: Sequence[float] = RATIOS, edge: str = "clip"
 ) -> AttentionReport:
-    """Runs a model on a batch and measures the map of every layer (see `maps.py` for each instrument).
+    """Runs a model on a batch and measures the attention map of every layer (`maps.py` defines the instruments).
 
-    model: one of ours, or any model of transformers that gives attentions; it is run in eval mode and on `backend`
-        "eager" if it has one, and then is as it was.
-    batch: what the model takes, tensors of (batch, seq); `attention_mask`, where given, says what is padding.
+    model: one of ours, or any model of transformers that returns attentions. It runs in eval mode, and on the "eager"
+        backend if it has one; both are restored afterwards.
+    batch: the model's inputs, tensors of (batch, seq), with an `attention_mask` if there is padding.
 
-    Raises ValueError for a model that gives no maps of (batch, heads, seq, seq).
+    Raises ValueError if the model returns no maps of (batch, heads, seq, seq).
     """
     with _measurable(model):
         attentions = model(**batch, output_attentions=True).get("attentions")

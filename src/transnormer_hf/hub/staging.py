@@ -1,9 +1,10 @@
-"""What a model's folder sends to the Hub: which files, complete, without secrets, with a valid card. No network."""
+"""Which files of a model's folder go to the Hub: all that the model needs, no secrets, a valid card. No network."""
 
 import fnmatch
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from huggingface_hub import ModelCard, metadata_load
 
 from ..model.configuration_transnormer import AUTO_MAP, TransNormerConfig
-from .architecture_card import PIPELINES, build_architecture_card
+from ..training.files import replacing
+from .model_card import PIPELINES, build_architecture_card
 
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 CODE = ("*_transnormer.py",)
@@ -73,9 +75,9 @@ SECRETS = {
 
 
 def stage(model_dir: Path, staging: Path, repo_id: str, token: str | bool | None) -> dict[str, str]:
-    """Put the files to publish into the empty folder `staging` (as links); returns name -> why of the others.
+    """Link the files to publish into the empty folder `staging`; return the others, name -> why they stay.
 
-    `token` is the user's, looked for in what would be published.
+    `token` is the user's; no file may contain it.
 
     Raises:
         ValueError: a file is missing, a secret is among the files, or the card's metadata are not valid.
@@ -107,6 +109,30 @@ def stage(model_dir: Path, staging: Path, repo_id: str, token: str | bool | None
     card.save(given)
     refuse_secrets(staging, token)
     return left_out
+
+
+def shipped_code() -> list[Path]:
+    """The files of code that go with every checkpoint, as this package has them."""
+    return sorted((Path(__file__).parents[1] / "model").glob(CODE[0]))
+
+
+def replace_code(folder: Path) -> tuple[list[str], list[str]]:
+    """Bring the code in a model's folder to that of this package; returns the names of what was written and removed.
+
+    Files are written one by one, each as a whole. Those of an older layout, which nothing imports any more, go last.
+    """
+    written = []
+    for source in shipped_code():
+        target = folder / source.name
+        if not target.exists() or target.read_bytes() != source.read_bytes():
+            with replacing(target) as temporary:  # a link is replaced, not written through
+                shutil.copyfile(source, temporary)
+            written.append(source.name)
+    names = {source.name for source in shipped_code()}
+    stale = sorted(path for path in folder.glob(CODE[0]) if path.name not in names)
+    for path in stale:
+        path.unlink()
+    return written, [path.name for path in stale]
 
 
 def config_of(folder: Path) -> dict[str, Any]:

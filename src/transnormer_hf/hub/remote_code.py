@@ -1,4 +1,4 @@
-"""Does a folder load where only transformers and torch are installed? Asked in a process of its own, before a push."""
+"""Check, in a process of its own, that a folder loads where only transformers and torch are installed."""
 
 import importlib.abc
 import json

@@ -10,7 +10,7 @@ from test_remote_code import tiny_config
 
 import make_model_cards
 from transnormer_hf import TransNormerForSequenceClassification
-from transnormer_hf.hub.architecture_card import build_architecture_card, count_parameters
+from transnormer_hf.hub.model_card import build_architecture_card, count_parameters
 
 PRESETS = sorted(Path(make_model_cards.PRESETS).glob("*/config.json"))
 SECTIONS = ["Results", "How to load", "Intended use and limits", "Training"]
