@@ -93,7 +93,7 @@ class Progress:
     def __init__(self, block_size: int | None) -> None:
         self.block_size = block_size  # None in a model without DiagAttention
         self.has_begun = False
-        self.seen = torch.zeros((), dtype=torch.long)
+        self.seen = _zeros(dtype=torch.long, device=torch.device("cpu"))
         self.rows: dict[str, torch.Tensor] = {}
         self.history: list[AttentionMetadata] = []  # of the recorded tokens
         self.base: dict[str, torch.Tensor] = {}  # rows as they were before the recorded tokens
