@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -713,14 +713,22 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None:
             return
-        adopt_cache(cache, self.config)
-        if not was_given:  # what `generate` returns can then be saved
-            layers, cache = cache.layers, TransNormerCache(self.config)
-            cache.layers = layers
+        is_assisted = GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values())
+        must_record = (generation_config.is_assistant or is_assisted) and not hasattr(Cache, "activate_past_recording")
+        if was_given:
+            adopt_cache(cache, self.config)
+        else:  # a TransNormerCache, so that what `generate` returns can be saved
+            must_record = must_record or any(getattr(layer, "record_past", False) for layer in cache.layers)
+            cache = TransNormerCache(self.config, is_compileable=isinstance(cache, StaticCache))
             model_kwargs[CACHE_NAME] = cache
-        is_assisted = generation_config.is_assistant or GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values())
-        if is_assisted and not hasattr(Cache, "activate_past_recording"):
-            cache.activate_past_recording()
+        if must_record:
+            for layer in cache.layers:
+                layer.activate_past_recording()
+        if was_given and generation_config.is_assistant:  # transformers 5.15 crops the assistant's cache too little
+            mask, length = model_kwargs.get("attention_mask"), getattr(generation_config, "_mask_length", None)
+            length = length if mask is None else mask.shape[1]
+            if length is not None and cache.get_seq_length() >= length:
+                cache.crop(length - 1 - cache.get_seq_length())
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads its signature
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
