@@ -39,7 +39,14 @@ CHOICES = {
 LAYER_TYPES = ("chunked_attention", "linear_attention", "hybrid")
 
 # Fields that follow from others where they are not given.
-DERIVED_FIELDS = ("feature_map", "diag_activation", "attention_norm_type", "layer_types", "intermediate_size")
+DERIVED_FIELDS = (
+    "feature_map",
+    "diag_activation",
+    "attention_norm_type",
+    "layer_types",
+    "intermediate_size",
+    "pooling",
+)
 
 # One repository serves every head, whichever was saved last.
 AUTO_MAP = {
@@ -101,6 +108,7 @@ class TransNormerConfig(PreTrainedConfig):
         initializer_range: Standard deviation of "normal".
         is_causal: Whether a token sees earlier tokens only. `TransNormerForCausalLM` sets it.
         pooling: Token that represents a sequence for classification: "first", "last" or the "mean" of all real ones.
+            `None` is "first", or "last" for a causal model, whose first token sees nothing else.
         use_cache: Whether a causal model returns its state for generation.
         backend: "eager", "torch", "triton" or "auto" (see `ops_transnormer.py`).
     """
@@ -141,7 +149,7 @@ class TransNormerConfig(PreTrainedConfig):
     initializer: str = "normal"
     initializer_range: float = 0.02
     is_causal: bool = False
-    pooling: str = "first"
+    pooling: str | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 1
@@ -156,6 +164,8 @@ class TransNormerConfig(PreTrainedConfig):
                     setattr(self, field, value)
         if self.attention_norm_type is None:
             self.attention_norm_type = self.norm_type
+        if self.pooling is None:
+            self.pooling = "last" if self.is_causal else "first"
         if self.layer_types is None:
             early = self.num_hidden_layers // 2
             self.layer_types = ["chunked_attention"] * early + ["linear_attention"] * (self.num_hidden_layers - early)
@@ -195,6 +205,10 @@ class TransNormerConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} with num_attention_heads={self.num_attention_heads} gives "
                 f"head_dim={self.head_dim}, and lrpe=True rotates pairs of channels: use an even head_dim, or "
                 "lrpe=False."
+            )
+        if self.is_causal and self.pooling == "first":
+            raise ValueError(
+                "pooling='first' with is_causal=True takes a token that sees nothing but itself; use 'last' or 'mean'."
             )
         if self.position_embedding == "sinusoidal" and (self.hidden_size % 2 or self.hidden_size < 4):
             raise ValueError(
@@ -244,6 +258,9 @@ class TransNormerConfig(PreTrainedConfig):
         So `from_pretrained(folder, num_hidden_layers=4)` has the layer types of 4 layers, unless the stored ones were
         somebody's choice: then their number is wrong, and it raises.
         """
+        if "transnormer_version" not in config_dict and config_dict.get("is_causal"):
+            # Earlier versions wrote their default, "first", also for causal models.
+            config_dict = {k: v for k, v in config_dict.items() if (k, v) != ("pooling", "first")}
         overrides = {field: kwargs.pop(field) for field in TransNormerConfig.__annotations__ if field in kwargs}
         if overrides:
             given = {name: value for name, value in config_dict.items() if name not in DERIVED_FIELDS}

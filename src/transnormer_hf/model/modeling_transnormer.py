@@ -29,7 +29,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -55,6 +55,8 @@ from .reference_transnormer import (
     rotation_table,
     zero_padding,
 )
+
+logger = logging.get_logger(__name__)
 
 # The released models count positions from 2 on, as fairseq does (padding index + 1, and padding is 1 there).
 FIRST_POSITION = 2
@@ -106,25 +108,34 @@ class TransNormerLRPE(nn.Module):
     theta: (head_dim / 2,) learned angles. householder: (head_dim,) a random unit vector that stays as it is. The
     released code has it as a parameter without gradient; from_pretrained would make such a parameter trainable, a
     buffer stays.
+
+    Both stay float32 in a model of half precision: theta is multiplied by the position, and so is its rounding.
     """
 
     householder: torch.Tensor
 
     def __init__(self, head_dim: int):
         super().__init__()
-        self.theta = nn.Parameter(torch.empty(head_dim // 2))
-        self.register_buffer("householder", torch.empty(head_dim))
+        self.theta = nn.Parameter(torch.empty(head_dim // 2, dtype=torch.float32))
+        self.register_buffer("householder", torch.empty(head_dim, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        """What `.half()`, `.bfloat16()` and `.to()` end in; there is no public hook."""
+
+        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            is_rounded = result.is_floating_point() and result.itemsize < tensor.itemsize
+            return tensor.to(result.device) if is_rounded else result
+
+        return super()._apply(keep_precision, *args, **kwargs)
 
     def forward(self) -> LRPE:
+        if self.theta.itemsize < 4:
+            logger.warning_once(
+                f"LRPE's theta is {self.theta.dtype} here: its rounding grows with the position, and long texts come "
+                "out wrong. Leave modules named 'lrpe' out of mixed precision (FSDP: fsdp_ignored_modules='.*lrpe')."
+            )
         return LRPE(self.theta, self.householder)
-
-
-class TransNormerProjection(nn.Linear):
-    """A projection of an attention; `gain` is that of its Xavier initialisation in the released decoder."""
-
-    def __init__(self, config: TransNormerConfig, gain: float):
-        super().__init__(config.hidden_size, config.hidden_size)
-        self.gain = gain
 
 
 class TransNormerAttention(nn.Module):
@@ -137,10 +148,12 @@ class TransNormerAttention(nn.Module):
         super().__init__()
         self.config = config
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.q_proj = TransNormerProjection(config, gain)
-        self.k_proj = TransNormerProjection(config, gain)
-        self.v_proj = TransNormerProjection(config, gain)
-        self.out_proj = TransNormerProjection(config, gain=1.0)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
+        )
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            projection.xavier_gain = gain  # read by `_init_weights`
+        self.out_proj.xavier_gain = 1.0
         self.lrpe = TransNormerLRPE(self.head_dim) if config.lrpe else None
         self.norm = make_norm(config.attention_norm_type if has_norm else "none", config)
 
@@ -442,6 +455,7 @@ class TransNormerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransNormerLayer"]
     _skip_keys_device_placement = [CACHE_NAME]
+    _keep_in_fp32_modules_strict = ["lrpe"]
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": TransNormerLayer,
@@ -473,8 +487,8 @@ class TransNormerPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=module.embedding_dim**-0.5)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, TransNormerProjection):
-            init.xavier_uniform_(module.weight, gain=module.gain)
+        elif hasattr(module, "xavier_gain"):
+            init.xavier_uniform_(module.weight, gain=module.xavier_gain)
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=5**0.5)
 
@@ -484,7 +498,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
         self.is_causal = config.is_causal  # of the layers; what forward is given as is_causal must agree
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_index(config))
         self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
         self.embed_positions = TransNormerPositions(config)
         self.embed_norm = make_norm(config.embedding_norm, config)
@@ -577,6 +591,13 @@ class TransNormerModel(TransNormerPreTrainedModel):
         return attention_metadata(batch_size, seq_len, inputs_embeds.device, attention_mask, position_offset=offset)
 
 
+def padding_index(config: TransNormerConfig) -> int | None:
+    """The token whose embedding is zero and never learned: padding, unless it begins or ends texts as well."""
+    eos = config.eos_token_id
+    others = [config.bos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    return None if config.pad_token_id in others else config.pad_token_id
+
+
 class CacheError(ValueError, RuntimeError):
     """The state of earlier tokens is missing or came by an unknown way. Going on would compute something else."""
 
@@ -646,7 +667,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
     def __init__(self, config: TransNormerConfig):
         if not config.is_causal:  # a causal model on a bidirectional encoder would see what it predicts
             config = copy.deepcopy(config)
-            config.is_causal = True
+            config.is_causal, config.pooling = True, "last"
         super().__init__(config)
         self.model = TransNormerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -852,10 +873,10 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooli
         total = (hidden_states * is_real[..., None]).sum(1)
         return total / is_real.sum(1, keepdim=True).clamp(min=1)
     if pooling == "first":
-        token = is_real.argmax(1)
+        token = is_real.argmax(1)  # (batch,)
     else:
         token = is_real.shape[1] - 1 - is_real.flip(1).argmax(1)
-    return hidden_states[torch.arange(len(token), device=token.device), token]
+    return hidden_states.take_along_dim(token[:, None, None], 1).squeeze(1)
 
 
 @auto_docstring
