@@ -34,7 +34,7 @@ from ...model.modeling_transnormer import (
     TransNormerForTokenClassification,
     TransNormerModel,
 )
-from ...model.ops_transnormer import _without_autocast
+from ...model.ops_transnormer import without_autocast
 from ...model.reference_transnormer import AttentionMetadata, attention_metadata, compute_dtype, zero_padding
 from .mixer import MIXERS
 
@@ -127,7 +127,7 @@ class MixerAttention(TransNormerAttention):
         wide = value.dtype if self.mixer.takes_half_precision else compute_dtype(value.dtype)
         rows = _one_sequence_per_row(metadata)
         query, key, value_states = (_unpack(states.to(wide), metadata, rows) for states in (query, key, value))
-        with _without_autocast(query.device):
+        with without_autocast(query.device):
             output = self.mixer(query, key, value_states, rows, self.config.is_causal)
         if rows is not metadata:  # (sequences, heads, longest, head_dim) to (1, heads, seq, head_dim)
             output = output[metadata.sequence_ids, :, metadata.positions].transpose(0, 1)[None]
@@ -137,7 +137,7 @@ class MixerAttention(TransNormerAttention):
         wide = compute_dtype(query.dtype)
         rows = _one_sequence_per_row(metadata)
         query, key = (_unpack(states.to(wide), metadata, rows) for states in (query, key))
-        with _without_autocast(query.device):
+        with without_autocast(query.device):
             weights = self.mixer.attention_map(query, key, rows, self.config.is_causal)
         if weights is None or rows is metadata:
             return weights
