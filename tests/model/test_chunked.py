@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -300,6 +301,19 @@ def test_half_precision_is_computed_in_float32_and_rounded_at_the_end(causal, dt
     assert_all_close([diag_attention(query, key, value, **diag)], [diag_attention(*wide, **diag).to(dtype)])
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_gradients_are_the_same_under_a_dispatch_mode(causal):
+    """Such as a FLOP counter, under which the kernels see no lazy conjugation."""
+    inputs, results = [*projections(2, 70), *rotation()], []
+    for mode in (nullcontext(), _WatchReads()):
+        with mode:
+            options = {"causal": causal, "lrpe": tuple(inputs[3:]), "backend": "torch"}
+            output, _ = norm_attention(*inputs[:3], feature_map="elu", **options)
+            output = output + diag_attention(*inputs[:3], block_size=16, **options)
+            results.append(torch.autograd.grad(output.square().sum(), inputs))
+    assert_all_close(*results)
+
+
 def test_autocast_does_not_reach_into_the_sums():
     query, key, value = (tensor.detach().float() for tensor in projections(2, 130))
     query.requires_grad_()
@@ -366,6 +380,14 @@ def test_a_state_may_be_overwritten_before_the_backward_pass(backend, causal, se
             state = state.copy_(after.detach()) if overwrites else after.detach()
         results.append(torch.autograd.grad(losses, [tensor for qkv in segments for tensor in qkv]))
     assert_all_close(*results)
+
+
+def test_the_last_state_of_causal_attention_may_be_written_to_before_the_backward_pass():
+    query, key, value = projections(1, 200)
+    output, state = norm_attention(query, key, value, causal=True, return_state=True, backend="torch")
+    (expected,) = torch.autograd.grad(output.sum(), key, retain_graph=True)
+    state.detach().zero_()
+    assert_all_close(torch.autograd.grad(output.sum(), [key]), [expected])
 
 
 def test_the_backward_pass_writes_to_nothing_that_autograd_saved():
@@ -456,10 +478,10 @@ def test_operators_keep_the_rules_of_torch(causal):
     query, key, value = (tensor.detach().requires_grad_() for tensor in projections(2, 70))
     theta, householder = rotation()
     angles = (torch.arange(70)[:, None] * theta.detach())[None, None].requires_grad_()
-    mask = torch.ones(2, 70, dtype=torch.bool)
-    norm = (query, key, value, angles, householder, None, mask, None, causal, "elu", True, True)
+    padding = (torch.arange(70) < torch.tensor([[0], [3]]))[:, None, :, None]
+    norm = (query, key, value, angles, householder, None, padding, None, causal, "elu", True, True)
     torch.library.opcheck(ops_transnormer.chunked_norm_forward, norm, test_utils=OPCHECKS)
-    diag = (query, key, value, angles[0, 0, :16], householder, None, torch.arange(70), mask, None)
+    diag = (query, key, value, angles[0, 0, :16], householder, None, torch.arange(70), padding, None)
     diag = (*diag, 16, causal, "softmax", 0.5, 0.0)
     torch.library.opcheck(ops_transnormer.chunked_diag_forward, diag, test_utils=OPCHECKS)
 

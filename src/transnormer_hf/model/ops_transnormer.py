@@ -23,7 +23,8 @@ from .reference_transnormer import (
     FEATURE_MAPS,
     LRPE,
     AttentionMetadata,
-    attention_metadata,
+    check_choice,
+    check_inputs,
     compute_dtype,
     eager_diag_attention,
     eager_norm_attention,
@@ -89,9 +90,9 @@ def norm_attention(
     Raises:
         ValueError: unknown feature_map or backend, shapes that do not fit, or a backend that cannot run here.
     """
-    _check_choice("feature_map", feature_map, FEATURE_MAPS)
+    check_choice("feature_map", feature_map, FEATURE_MAPS)
     dtype = value.dtype
-    query, key, value, lrpe, metadata = _check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata)
+    query, key, value, lrpe, metadata = check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata)
     num_states = query.shape[0] if metadata.cu_seqlens is None else metadata.cu_seqlens.shape[0] - 1
     state_shape = (num_states, query.shape[1], key.shape[-1], value.shape[-1])
     if initial_state is not None and tuple(initial_state.shape) != state_shape:
@@ -139,14 +140,12 @@ def diag_attention(
     no real key gets zeros.
 
     Args:
-        query, key, value: (batch, heads, seq, head_dim), float64, float32, float16 or bfloat16. Where their dtypes
-            differ, all are promoted to the widest.
+        query, key, value, attention_mask, cu_seqlens, metadata, backend: as in `norm_attention`.
         block_size: tokens per block, at least 1; the last block may be shorter.
         causal: token i sees tokens j <= i of its block only.
         activation: "softmax" (T2) or "relu" (T1: relu of the scores, not normalised).
         scale: factor of the scores; None means head_dim ** -0.5.
         lrpe: None, or (theta (head_dim / 2,), householder (head_dim,)); positions restart in every block.
-        attention_mask, cu_seqlens, metadata, backend: as in `norm_attention`.
         dropout_p: probability of dropping an entry of the map.
 
     Returns:
@@ -156,13 +155,13 @@ def diag_attention(
         ValueError: unknown activation or backend, block_size < 1, dropout_p outside of 0 to 1, shapes that do not fit,
             or a backend that cannot run here.
     """
-    _check_choice("activation", activation, DIAG_ACTIVATIONS)
+    check_choice("activation", activation, DIAG_ACTIVATIONS)
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: a block has at least 1 token.")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p={dropout_p} must be a probability, from 0 to 1.")
     dtype = value.dtype
-    query, key, value, lrpe, metadata = _check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata)
+    query, key, value, lrpe, metadata = check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata)
     attend = {"eager": eager_diag_attention, "torch": chunked_diag_attention, "triton": triton_diag_attention}[
         _backend_for(backend, query, key, value)
     ]
@@ -185,9 +184,7 @@ def diag_attention(
 def simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8, backend: str = "auto") -> torch.Tensor:
     """SimpleRMSNorm: x / (rms(x) + eps) over the last dimension, without weights; shape and dtype of hidden_states.
 
-    Computed in float32 at least, as `eager_simple_rms_norm` says.
-
-    backend: "triton" is one kernel, which "auto" takes for CUDA tensors; all others are plain torch.
+    backend: "triton" is one kernel, which "auto" takes for CUDA tensors; all others are `eager_simple_rms_norm`.
 
     Raises ValueError for an unknown backend, or one that cannot run here.
     """
@@ -203,7 +200,7 @@ def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
 
     Raises ValueError for an unknown backend, and for "triton" where it cannot run, with the reason.
     """
-    _check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, BACKENDS)
     if backend in ("eager", "torch"):
         return backend
     if backend == "auto" and not tensors[0].is_cuda:
@@ -241,68 +238,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if is_enabled else nullcontext()
 
 
-def _check_inputs(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lrpe: LRPE | tuple[torch.Tensor, torch.Tensor] | None,
-    attention_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    metadata: AttentionMetadata | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LRPE | None, AttentionMetadata]:
-    """The inputs of an attention, of one dtype, and their metadata. Raises ValueError where they do not fit."""
-    shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
-    if len(shapes[0]) != 4 or shapes[0] != shapes[1] or shapes[0][:3] != shapes[2][:3] or len(shapes[2]) != 4:
-        raise ValueError(
-            f"query, key, value have shapes {shapes[0]}, {shapes[1]}, {shapes[2]}; all three are "
-            "(batch, heads, seq, head_dim)."
-        )
-    batch_size, _, seq_len, head_dim = query.shape
-    dtype = query.dtype
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; move them to one device.")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}; use float64, float32, float16 or bfloat16.")
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    if metadata is None:
-        metadata = attention_metadata(batch_size, seq_len, query.device, attention_mask, cu_seqlens)
-    elif attention_mask is not None or cu_seqlens is not None:
-        raise ValueError("metadata was given together with attention_mask or cu_seqlens, which it replaces; give one.")
-    elif metadata.positions.shape[-1] != seq_len:
-        raise ValueError(
-            f"metadata has positions of shape {tuple(metadata.positions.shape)}; these inputs need {seq_len} columns."
-        )
-    if lrpe is not None:
-        lrpe = LRPE(*lrpe)
-        if head_dim % 2:
-            raise ValueError(
-                f"lrpe rotates pairs of channels and head_dim={head_dim} is odd; use an even one or lrpe=None."
-            )
-        if lrpe.theta.shape != (head_dim // 2,) or lrpe.householder.shape != (head_dim,):
-            raise ValueError(
-                f"lrpe has shapes {tuple(lrpe.theta.shape)} and {tuple(lrpe.householder.shape)}; head_dim={head_dim} "
-                f"needs theta ({head_dim // 2},) and householder ({head_dim},)."
-            )
-    return query.to(dtype), key.to(dtype), value.to(dtype), lrpe, metadata
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
-
-
 # The chunked form
 #
-# Both attentions work through the sequence in tiles, and the backward pass works through them again and recomputes what
-# it needs: nothing but inputs, outputs and states is as long as the sequence. A tile is copied out of the inputs, which
-# may be any views, in chunks (in DiagAttention, the blocks), (chunks, rows · heads, chunk, head_dim), so that all
-# products of a tile, or of one of its chunks, are one contiguous batch of small matrices.
+# Both attentions go through the sequence in tiles, and the backward pass goes through them again and recomputes what it
+# needs: only inputs, outputs and states are as long as the sequence. A tile is copied out of the inputs, which may be
+# any views, in chunks (in DiagAttention, the blocks), (chunks, rows · heads, chunk, head_dim). All products of a tile,
+# or of one of its chunks, are then one contiguous batch of small matrices.
 #
-# The number of tiles is known only at run time. Each direction of each attention is therefore one custom operator,
-# which torch.compile and torch.export keep whole, and eager calls take the same route. Measured against an
-# autograd.Function around the same code (one thread), an operator takes 0.97 to 1.05 times as long at B1 H8 T2048 D64
-# and B8 H8 T128 D64, forward with backward, and less in a forward alone. It adds about 70 µs to a step.
+# The number of tiles is known only at run time, so each direction of each attention is one custom operator, which
+# torch.compile and torch.export keep whole. Eager calls take the same route: measured against an autograd.Function
+# around the same code (one thread), it takes 0.97 to 1.05 times as long at B1 H8 T2048 D64 and B8 H8 T128 D64, forward
+# with backward, and less in a forward alone. It adds about 70 µs to a step.
 
 # In tokens. Long enough to hide the overhead of calling torch, short enough for the cache: with one thread and 32 MB of
 # cache the time is flat from 256 to 1024 and rises outside.
@@ -323,7 +269,8 @@ def chunked_norm_attention(query, key, value, *, metadata, causal, feature_map, 
     tensors = (query, key, value, angles, householder, initial_state)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     options = (causal, feature_map, return_state, causal and needs_grad)
-    output, states, _ = chunked_norm_forward(*tensors, metadata.is_real, metadata.cu_seqlens, *options)
+    padding = None if metadata.is_real is None else ~metadata.is_real[:, None, :, None]  # (batch, 1, seq, 1)
+    output, states, _ = chunked_norm_forward(*tensors, padding, metadata.cu_seqlens, *options)
     return output, states if metadata.cu_seqlens is None else states[:-1]
 
 
@@ -337,7 +284,8 @@ def chunked_diag_attention(query, key, value, *, metadata, block_size, causal, a
         householder = lrpe.householder.to(wide)
     if dropout_p > 0:
         kept = torch.rand(*query.shape[:3], block_size, device=query.device) >= dropout_p
-    tensors = (query, key, value, angles, householder, kept, *metadata[:2], metadata.cu_seqlens)
+    padding = None if metadata.is_real is None else ~metadata.is_real[:, None, :, None]  # (batch, 1, seq, 1)
+    tensors = (query, key, value, angles, householder, kept, metadata.positions, padding, metadata.cu_seqlens)
     return chunked_diag_forward(*tensors, block_size, causal, activation, scale, dropout_p)
 
 
@@ -436,10 +384,6 @@ def as_complex(states: torch.Tensor) -> torch.Tensor:
     return torch.view_as_complex(states.unflatten(-1, (-1, 2)))
 
 
-def padding_of(is_real: torch.Tensor | None) -> torch.Tensor | None:
-    return None if is_real is None else ~is_real[:, None, :, None]  # (batch, 1, seq, 1)
-
-
 class Preparation(NamedTuple):
     """`prepare_query_key` for tiles: a copy, then phi, LRPE and padding in place; and the gradient of all these.
 
@@ -515,11 +459,11 @@ class Preparation(NamedTuple):
 
 NORM_INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? angles, Tensor? householder, Tensor? initial_state, "
-    "Tensor? is_real, Tensor? cu_seqlens, bool causal, str feature_map"
+    "Tensor? padding, Tensor? cu_seqlens, bool causal, str feature_map"
 )
 DIAG_INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? angles, Tensor? householder, Tensor? kept, Tensor positions, "
-    "Tensor? is_real, Tensor? cu_seqlens, SymInt block_size, bool causal, str activation, float scale, float dropout_p"
+    "Tensor? padding, Tensor? cu_seqlens, SymInt block_size, bool causal, str activation, float scale, float dropout_p"
 )
 
 
@@ -560,7 +504,7 @@ def gradients_by_input(grads, needs):
 
 
 @chunked_operator(f"({NORM_INPUTS}, bool needs_state, bool needs_chunk_states) -> (Tensor, Tensor, Tensor)")
-def chunked_norm_forward(query, key, value, angles, householder, initial_state, is_real, cu_seqlens, *options):
+def chunked_norm_forward(query, key, value, angles, householder, initial_state, padding, cu_seqlens, *options):
     """The output, the states after the last tokens, and for the backward pass those before each tile but the first.
 
     angles: (batch or 1, 1, seq, head_dim / 2). Causal states are left unfinished unless `needs_state`.
@@ -568,12 +512,12 @@ def chunked_norm_forward(query, key, value, angles, householder, initial_state, 
     causal, feature_map, needs_state, needs_chunk_states = options
     output, states = torch.empty_like(value), first_states(query, value, initial_state, cu_seqlens)
     chunk_states = empty_chunk_states(states, query, cu_seqlens, needs_chunk_states)
-    if not causal and needs_no_preparation(query, angles, is_real, cu_seqlens, feature_map):
+    if not causal and needs_no_preparation(query, angles, padding, cu_seqlens, feature_map):
         for q, k, v, out, state in zip(query, key, value, output, states, strict=True):
             state.baddbmm_(k.mT, v)
             torch.bmm(q, state, out=out)
         return output, states, chunk_states
-    tensors = Tile(query, key, value, output, rotation=rotation_table(angles), padding=padding_of(is_real))
+    tensors = Tile(query, key, value, output, rotation=rotation_table(angles), padding=padding)
     prepare = Preparation(compute_dtype(query.dtype), feature_map, householder)
     for rows in row_ranges(query, cu_seqlens):
         state = states[rows.states].flatten(0, 1)  # (rows · heads, head_dim, value_dim), written in place
@@ -586,14 +530,14 @@ def chunked_norm_forward(query, key, value, angles, householder, initial_state, 
 
 
 @chunked_norm_forward.register_fake
-def _(query, key, value, angles, householder, initial_state, is_real, cu_seqlens, *options):
+def _(query, key, value, angles, householder, initial_state, padding, cu_seqlens, *options):
     states = first_states(query, value, None, cu_seqlens)
     return torch.empty_like(value), states, empty_chunk_states(states, query, cu_seqlens, options[-1])
 
 
-def needs_no_preparation(query, angles, is_real, cu_seqlens, feature_map):
+def needs_no_preparation(query, angles, padding, cu_seqlens, feature_map):
     """True where tokens enter the products as they are and can be multiplied where they lie (11 to 18 % faster)."""
-    if angles is not None or is_real is not None or cu_seqlens is not None or feature_map != "identity":
+    if angles is not None or padding is not None or cu_seqlens is not None or feature_map != "identity":
         return False
     return query.dtype == compute_dtype(query.dtype) and query.shape[2] >= TILE_SIZE  # shorter rows share a tile
 
@@ -608,11 +552,10 @@ def first_states(query, value, initial_state, cu_seqlens):
 
 
 def empty_chunk_states(states, query, cu_seqlens, is_needed):
-    """Memory for the states before all tiles but the first of each range, (tiles, rows, heads, head_dim, value_dim).
+    """For the states before all tiles but the first of each range, (tiles, rows, heads, head_dim, value_dim).
 
     One per 512 tokens, head_dim / 2048 of the size of inputs and outputs, and one more because the last two tiles may
-    be short. (What is never written takes no memory, and since the count is never 1, torch.export can treat lengths
-    below and above 512 alike.)
+    be short. (Since the count is never 1, torch.export can treat lengths below and above 512 alike.)
     """
     count = query.shape[2] // TILE_SIZE + (2 if cu_seqlens is None else cu_seqlens.shape[0] + 1)
     return states.new_empty(count if is_needed else 0, query.shape[0], *states.shape[1:])
@@ -662,22 +605,19 @@ def states_before(state, k, v, update, reverse=False):
 
 
 @chunked_operator(
-    f"(Tensor grad_output, Tensor? grad_states, Tensor states, Tensor chunk_states, {NORM_INPUTS}, "
+    f"(Tensor grad_output, Tensor? grad_states, Tensor? states, Tensor chunk_states, {NORM_INPUTS}, "
     "bool needs_angles, bool needs_householder, bool needs_initial_state) -> Tensor[]"
 )
 def chunked_norm_backward(grad_output, grad_states, states, chunk_states, query, key, value, *others):
-    angles, householder, initial_state, is_real, cu_seqlens, causal, feature_map, *needs = others
+    angles, householder, initial_state, padding, cu_seqlens, causal, feature_map, *needs = others
     has_grad_states = grad_states is not None
-    # (states, heads, head_dim, value_dim), moved on in place
-    grad_states = (
-        grad_states.clone(memory_format=torch.contiguous_format) if has_grad_states else torch.zeros_like(states)
-    )
+    grad_states = first_states(query, value, grad_states, cu_seqlens)  # a copy, moved on in place
     rotation = rotation_table(angles)
     grad_rotation, grad_householder = zeros_where_needed(needs, rotation, householder)
     grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
     if causal:
         states = first_states(query, value, initial_state, cu_seqlens)
-    elif needs_no_preparation(query, angles, is_real, cu_seqlens, feature_map):
+    elif needs_no_preparation(query, angles, padding, cu_seqlens, feature_map):
         rows = (query, key, value, grad_output, *grads, states, grad_states)
         for q, k, v, do, dq, dk, dv, state, grad_state in zip(*rows, strict=True):
             grad_state.baddbmm_(q.mT, do)
@@ -685,22 +625,17 @@ def chunked_norm_backward(grad_output, grad_states, states, chunk_states, query,
             torch.bmm(v, grad_state.mT, out=dk)
             torch.bmm(k, grad_state, out=dv)
         return [*grads, grad_states.to(initial_state.dtype)] if needs[2] else grads
-    tensors = Tile(query, key, value, None, grad_output, *grads, rotation, grad_rotation, padding_of(is_real))
+    tensors = Tile(query, key, value, None, grad_output, *grads, rotation, grad_rotation, padding)
     prepare = Preparation(compute_dtype(query.dtype), feature_map, householder, grad_householder)
     for rows in row_ranges(query, cu_seqlens):
         state, grad_state = states[rows.states].flatten(0, 1), grad_states[rows.states].flatten(0, 1)
         if causal:
             before_tiles, tiles = rows.before_tiles(chunk_states), list(enumerate(rows.tiles(tensors)))
             for number, tile in reversed(tiles):
-                causal_tile_backward(
-                    prepare,
-                    tile,
-                    before_tiles[number - 1] if number else state,
-                    grad_state,
-                    has_state=number > 0 or initial_state is not None,
-                    has_grad_state=number < len(tiles) - 1 or has_grad_states,
-                    update=number > 0 or needs[2],
-                )
+                before = before_tiles[number - 1] if number else state
+                has_state, update = number > 0 or initial_state is not None, number > 0 or needs[2]
+                has_grad_state = has_grad_states or number < len(tiles) - 1
+                causal_tile_backward(prepare, tile, before, grad_state, has_state, has_grad_state, update)
         else:
             bidirectional_backward(prepare, rows.tiles(tensors, TILE_SIZE), state, grad_state)
     grads += lrpe_gradients(grad_rotation, grad_householder)
@@ -728,7 +663,7 @@ def bidirectional_backward(prepare, tiles, state, grad_state):
         tile.grad_value.copy_(torch.bmm(k[0], grad_state).view(tile.grad_value.shape))
 
 
-def causal_tile_backward(prepare, tile, state, grad_state, *, has_state, has_grad_state, update):
+def causal_tile_backward(prepare, tile, state, grad_state, has_state, has_grad_state, update):
     """One tile, going from the last to the first: dQ needs the state before each chunk, dK and dV the gradient of the
     state behind it.
 
@@ -756,7 +691,9 @@ def causal_tile_backward(prepare, tile, state, grad_state, *, has_state, has_gra
 
 
 def _save_norm_attention(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:], *inputs[:8])
+    causal, (_, states, chunk_states) = inputs[8], output
+    # The causal gradient does without the last states, whose owner may then write to them.
+    ctx.save_for_backward(None if causal else states, chunk_states, *inputs[:8])
     ctx.options = inputs[8:10]
     ctx.set_materialize_grads(False)
 
@@ -777,17 +714,17 @@ chunked_norm_forward.register_autograd(_norm_attention_backward, setup_context=_
 
 
 @chunked_operator(f"({DIAG_INPUTS}) -> Tensor")
-def chunked_diag_forward(query, key, value, angles, householder, kept, positions, is_real, cu_seqlens, *options):
+def chunked_diag_forward(query, key, value, angles, householder, kept, positions, padding, cu_seqlens, *options):
     """angles: (block, head_dim / 2); kept: (batch, heads, seq, block), False where dropout drops an entry."""
-    block_size, *map_options = options
+    block_size, causal, activation, scale, dropout_p = options
     output, table = torch.empty_like(value), rotation_table(angles)
-    prepare, weigh = Preparation(compute_dtype(query.dtype), "identity", householder), BlockWeights(*map_options)
-    tensors = Tile(query, key, value, output, padding=padding_of(is_real), kept=kept)
+    prepare = Preparation(compute_dtype(query.dtype), "identity", householder)
+    tensors = Tile(query, key, value, output, padding=padding, kept=kept)
     blocks = Blocks.of(tensors, positions, cu_seqlens, block_size)
     for tile in blocks.tiles(block_size, table):
         q = prepare.states(tile.query, tile.rotation)
         k, v = prepare.states(tile.key, tile.rotation, tile.padding), prepare.values(tile.value, tile.padding)
-        weights = weigh.dropout(weigh.forward(q, k, tile.padding), tile.kept)
+        weights = drop(block_weights(q, k, tile.padding, causal, activation, scale), tile.kept, dropout_p)
         tile.output.copy_(product(weights, v).view(tile.output.shape))
     blocks.copy_back(blocks.tensors.output, output)
     return output
@@ -851,67 +788,59 @@ def take_columns(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return tensor.gather(2, columns.expand(max(batch_size, len(columns)), heads, -1, channels))
 
 
-class BlockWeights(NamedTuple):
-    """The map of DiagAttention in tiles, (chunks, rows · heads, block, block), computed in place."""
+def block_weights(q, k, padding, causal, activation, scale):
+    """The map of DiagAttention in a tile, (chunks, rows · heads, block, block)."""
+    visible = None if padding is None else (~padding.mT).to(q.dtype)  # (chunks, rows or 1, 1, 1, block)
+    if causal:
+        earlier = q.new_ones(q.shape[2], q.shape[2]).tril_()
+        visible = earlier if visible is None else visible * earlier
+    if visible is None or activation == "relu":
+        weights = product(q, k.mT, scale)
+    else:  # hidden entries start from the lowest number, to which the scores are added
+        weights = q.new_empty(*q.shape[:3], k.shape[2])
+        by_rows(weights, padding).copy_((1 - visible) * torch.finfo(q.dtype).min)
+        add_product(weights, q, k.mT, scale)
+    if activation == "relu":
+        weights.relu_()
+    else:
+        torch.softmax(weights, -1, out=weights)
+    if visible is not None and (activation == "relu" or padding is not None):
+        by_rows(weights, padding).mul_(visible)  # a query without any key has a row of zeros
+    return weights
 
-    causal: bool
-    activation: str
-    scale: float
-    dropout_p: float
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        visible = None if padding is None else (~padding.mT).to(q.dtype)  # (chunks, rows, 1, 1, block)
-        if self.causal:
-            earlier = q.new_ones(q.shape[2], q.shape[2]).tril_()
-            visible = earlier if visible is None else visible * earlier
-        if visible is None or self.activation == "relu":
-            weights = product(q, k.mT, self.scale)
-        else:  # hidden entries start from the lowest number, to which the scores are added
-            weights = q.new_empty(*q.shape[:3], k.shape[2])
-            self._by_rows(weights, padding).copy_((1 - visible) * torch.finfo(q.dtype).min)
-            add_product(weights, q, k.mT, self.scale)
-        if self.activation == "relu":
-            weights.relu_()
-        else:
-            torch.softmax(weights, -1, out=weights)
-        if visible is not None and (self.activation == "relu" or padding is not None):
-            self._by_rows(weights, padding).mul_(visible)  # a query without any key has a row of zeros
+def by_rows(weights, padding):
+    """(chunks, rows, heads, block, block) where there is padding, which differs from row to row."""
+    return weights if padding is None else weights.unflatten(1, (padding.shape[1], -1))
+
+
+def drop(weights, kept, dropout_p):
+    if kept is None:
         return weights
-
-    def _by_rows(self, weights: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-        """(chunks, rows, heads, block, block) where there is padding, which differs from row to row."""
-        return weights if padding is None else weights.unflatten(1, (padding.shape[1], -1))
-
-    def dropout(self, weights: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        if kept is None:
-            return weights
-        kept = kept[..., : weights.shape[-1]].to(weights.dtype).flatten(1, 2)
-        return weights * kept.div_(max(1 - self.dropout_p, torch.finfo(weights.dtype).tiny))  # nothing is kept at 1
-
-    def backward(self, grad: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The gradient of the scores, before `scale`."""
-        if self.activation == "relu":
-            return grad.mul_(weights.sign())
-        return torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
+    kept = kept[..., : weights.shape[-1]].to(weights.dtype).flatten(1, 2)
+    return weights * kept.div_(max(1 - dropout_p, torch.finfo(weights.dtype).tiny))  # nothing is kept at 1
 
 
 @chunked_operator(f"(Tensor grad_output, {DIAG_INPUTS}, bool needs_angles, bool needs_householder) -> Tensor[]")
 def chunked_diag_backward(grad_output, query, key, value, angles, householder, kept, positions, *others):
-    is_real, cu_seqlens, block_size, causal, activation, scale, dropout_p, *needs = others
+    padding, cu_seqlens, block_size, causal, activation, scale, dropout_p, *needs = others
     table = rotation_table(angles)
     grad_table, grad_householder = zeros_where_needed(needs, table, householder)
     prepare = Preparation(compute_dtype(query.dtype), "identity", householder, grad_householder)
-    weigh = BlockWeights(causal, activation, scale, dropout_p)
     grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-    tensors = Tile(query, key, value, None, grad_output, *grads, padding=padding_of(is_real), kept=kept)
+    tensors = Tile(query, key, value, None, grad_output, *grads, padding=padding, kept=kept)
     blocks = Blocks.of(tensors, positions, cu_seqlens, block_size)
     for tile in blocks.tiles(block_size, table, grad_table):
         mapped_query, q = prepare.mapped_and_states(tile.query, tile.rotation)
         mapped_key, k = prepare.mapped_and_states(tile.key, tile.rotation, tile.padding)
         v, do = prepare.values(tile.value, tile.padding), prepare.values(tile.grad_output)
-        weights = weigh.forward(q, k, tile.padding)  # (chunks, rows · heads, block, block)
-        dv = product(weigh.dropout(weights, tile.kept).mT, do)
-        grad_scores = weigh.backward(weigh.dropout(product(do, v.mT), tile.kept), weights)
+        weights = block_weights(q, k, tile.padding, causal, activation, scale)  # (chunks, rows · heads, block, block)
+        dv = product(drop(weights, tile.kept, dropout_p).mT, do)
+        grad_scores = drop(product(do, v.mT), tile.kept, dropout_p)
+        if activation == "relu":
+            grad_scores.mul_(weights.sign())
+        else:
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_scores, weights, -1, weights.dtype)
         dq, dk = product(grad_scores, k, scale), product(grad_scores.mT, q, scale)
         prepare.backward(dq, mapped_query, q, tile, into=tile.grad_query)
         prepare.backward(dk, mapped_key, k, tile, into=tile.grad_key)

@@ -163,6 +163,60 @@ def count_leading_padding(is_real: torch.Tensor) -> torch.Tensor:
     return (is_real.cumsum(-1) == 0).sum(-1)
 
 
+def check_inputs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lrpe: LRPE | tuple[torch.Tensor, torch.Tensor] | None,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    metadata: AttentionMetadata | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LRPE | None, AttentionMetadata]:
+    """The inputs of an attention in their widest dtype, and their metadata: the one check that all backends rely on.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit together.
+    """
+    shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
+    if len(shapes[0]) != 4 or shapes[0] != shapes[1] or shapes[0][:3] != shapes[2][:3] or len(shapes[2]) != 4:
+        raise ValueError(
+            f"query, key, value have shapes {shapes[0]}, {shapes[1]}, {shapes[2]}; all three are "
+            "(batch, heads, seq, head_dim)."
+        )
+    batch_size, _, seq_len, head_dim = query.shape
+    dtype = query.dtype
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; move them to one device.")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; use float64, float32, float16 or bfloat16.")
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    if metadata is None:
+        metadata = attention_metadata(batch_size, seq_len, query.device, attention_mask, cu_seqlens)
+    elif attention_mask is not None or cu_seqlens is not None:
+        raise ValueError("metadata was given together with attention_mask or cu_seqlens, which it replaces; give one.")
+    elif metadata.positions.shape[-1] != seq_len:
+        raise ValueError(
+            f"metadata has positions of shape {tuple(metadata.positions.shape)}; these inputs need {seq_len} columns."
+        )
+    if lrpe is not None:
+        lrpe = LRPE(*lrpe)
+        if head_dim % 2:
+            raise ValueError(
+                f"lrpe rotates pairs of channels and head_dim={head_dim} is odd; use an even one or lrpe=None."
+            )
+        if lrpe.theta.shape != (head_dim // 2,) or lrpe.householder.shape != (head_dim,):
+            raise ValueError(
+                f"lrpe has shapes {tuple(lrpe.theta.shape)} and {tuple(lrpe.householder.shape)}; head_dim={head_dim} "
+                f"needs theta ({head_dim // 2},) and householder ({head_dim},)."
+            )
+    return query.to(dtype), key.to(dtype), value.to(dtype), lrpe, metadata
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
+
+
 def prepare_query_key(
     query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata, feature_map: str, lrpe: LRPE | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
