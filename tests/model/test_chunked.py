@@ -423,11 +423,13 @@ attentions = (
     lambda *qkv: norm_attention(*qkv, causal=False, **norm)[0],
     lambda *qkv: diag_attention(*qkv, block_size=64, causal=True, lrpe=lrpe, backend="torch"),
 )
+def train(attend, seq_len):  # a function, so that nothing of one attention lives on in the next
+    query, key, value = (torch.randn(1, seq_len, 4, 64).transpose(1, 2).requires_grad_() for _ in range(3))
+    output = attend(query, key, value)
+    output.backward(output.detach())
 for seq_len in (1024, 8192, 16384):
     for attend in attentions:
-        query, key, value = (torch.randn(1, seq_len, 4, 64).transpose(1, 2).requires_grad_() for _ in range(3))
-        output = attend(query, key, value)
-        output.backward(output.detach())
+        train(attend, seq_len)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

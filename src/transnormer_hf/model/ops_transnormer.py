@@ -10,7 +10,7 @@ float64 inputs), and outputs have the dtype of `value`.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise, repeat
 from typing import Any, NamedTuple
@@ -103,18 +103,9 @@ def norm_attention(
     attend = {"eager": eager_norm_attention, "torch": chunked_norm_attention, "triton": triton_norm_attention}[
         _backend_for(backend, query, key, value)
     ]
+    options = {"metadata": metadata, "causal": causal, "feature_map": feature_map, "lrpe": lrpe}
     with without_autocast(query.device):
-        output, state = attend(
-            query,
-            key,
-            value,
-            metadata=metadata,
-            causal=causal,
-            feature_map=feature_map,
-            lrpe=lrpe,
-            initial_state=initial_state,
-            return_state=return_state,
-        )
+        output, state = attend(query, key, value, **options, initial_state=initial_state, return_state=return_state)
     return output.to(dtype), state if return_state else None
 
 
@@ -165,19 +156,10 @@ def diag_attention(
     attend = {"eager": eager_diag_attention, "torch": chunked_diag_attention, "triton": triton_diag_attention}[
         _backend_for(backend, query, key, value)
     ]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    options = {"causal": causal, "activation": activation, "lrpe": lrpe, "dropout_p": dropout_p}
     with without_autocast(query.device):
-        output = attend(
-            query,
-            key,
-            value,
-            metadata=metadata,
-            block_size=block_size,
-            causal=causal,
-            activation=activation,
-            scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            lrpe=lrpe,
-            dropout_p=dropout_p,
-        )
+        output = attend(query, key, value, metadata=metadata, block_size=block_size, scale=scale, **options)
     return output.to(dtype)
 
 
@@ -625,7 +607,8 @@ def chunked_norm_backward(grad_output, grad_states, states, chunk_states, query,
             torch.bmm(v, grad_state.mT, out=dk)
             torch.bmm(k, grad_state, out=dv)
         return [*grads, grad_states.to(initial_state.dtype)] if needs[2] else grads
-    tensors = Tile(query, key, value, None, grad_output, *grads, rotation, grad_rotation, padding)
+    tensors = Tile(query, key, value, None, grad_output, *grads)
+    tensors = tensors._replace(rotation=rotation, grad_rotation=grad_rotation, padding=padding)
     prepare = Preparation(compute_dtype(query.dtype), feature_map, householder, grad_householder)
     for rows in row_ranges(query, cu_seqlens):
         state, grad_state = states[rows.states].flatten(0, 1), grad_states[rows.states].flatten(0, 1)
@@ -765,7 +748,7 @@ class Blocks(NamedTuple):
         target = (columns[:seq_len] + shift)[:, None, :, None]  # (batch or 1, 1, seq, 1)
         return cls(shifted, row_ranges(shifted.query, None), target)
 
-    def tiles(self, block_size, table, grad_table=None) -> Iterator[Tile]:
+    def tiles(self, block_size, table, grad_table=None):
         """The tiles; the rotation and its gradient in each block are rows of tables (block_size, head_dim / 2)."""
         for rows in self.ranges:
             for tile in rows.tiles(self.tensors, block_size):
@@ -828,7 +811,7 @@ def chunked_diag_backward(grad_output, query, key, value, angles, householder, k
     grad_table, grad_householder = zeros_where_needed(needs, table, householder)
     prepare = Preparation(compute_dtype(query.dtype), "identity", householder, grad_householder)
     grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-    tensors = Tile(query, key, value, None, grad_output, *grads, padding=padding, kept=kept)
+    tensors = Tile(query, key, value, None, grad_output, *grads)._replace(padding=padding, kept=kept)
     blocks = Blocks.of(tensors, positions, cu_seqlens, block_size)
     for tile in blocks.tiles(block_size, table, grad_table):
         mapped_query, q = prepare.mapped_and_states(tile.query, tile.rotation)
