@@ -518,7 +518,7 @@ def _(query, key, value, angles, householder, initial_state, padding, cu_seqlens
 
 
 def needs_no_preparation(query, angles, padding, cu_seqlens, feature_map):
-    """True where tokens enter the products as they are and can be multiplied where they lie: at 2,048 tokens, 11 to 18 % faster."""
+    """True where tokens can be multiplied as and where they lie, which is 11 to 18 % faster at 2,048 tokens."""
     if angles is not None or padding is not None or cu_seqlens is not None or feature_map != "identity":
         return False
     return query.dtype == compute_dtype(query.dtype) and query.shape[2] >= TILE_SIZE  # shorter rows share a tile
