@@ -55,7 +55,9 @@ def make_model(layers="diag, norm", variant="t2", seed=0, **fields):
         **fields,
     )
     model = TransNormerForCausalLM(config).eval()
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=VOCABULARY, pad_token_id=1)
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=NEW, eos_token_id=VOCABULARY, pad_token_id=1
+    )
     return model
 
 

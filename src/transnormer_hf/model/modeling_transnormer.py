@@ -35,15 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive
 from .configuration_transnormer import CACHE_NAME, TransNormerConfig
-from .ops_transnormer import (
-    diag_attention,
-    diag_attention_map,
-    norm_attention,
-    norm_attention_map,
-    resolve_backend,
-    simple_rms_norm,
-    triton_norm_attention_step,
-)
+from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm
 from .reference_transnormer import (
     LRPE,
     AttentionMetadata,
@@ -51,6 +43,8 @@ from .reference_transnormer import (
     apply_lrpe,
     attention_metadata,
     compute_dtype,
+    diag_attention_map,
+    norm_attention_map,
     prepare_query_key,
     rotation_table,
     zero_padding,
@@ -152,8 +146,8 @@ class TransNormerAttention(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
         )
         for projection in (self.q_proj, self.k_proj, self.v_proj):
-            projection.xavier_gain = gain  # read by `_init_weights`
-        self.out_proj.xavier_gain = 1.0
+            projection.xavier_gain = gain  # type: ignore[assignment]  # read by `_init_weights`
+        self.out_proj.xavier_gain = 1.0  # type: ignore[assignment]
         self.lrpe = TransNormerLRPE(self.head_dim) if config.lrpe else None
         self.norm = make_norm(config.attention_norm_type if has_norm else "none", config)
 
@@ -253,12 +247,6 @@ class TransNormerNormAttention(TransNormerAttention):
         return output
 
     def step(self, query, key, value, metadata, lrpe, state):
-        is_plain = torch.is_grad_enabled() or state.tokens.is_recorded
-        if not is_plain and resolve_backend(self.config.backend, query) == "triton":
-            past, feature_map = state.state.tensors["state"], self.config.feature_map
-            return triton_norm_attention_step(
-                query, key, value, past, metadata=metadata, feature_map=feature_map, lrpe=lrpe
-            )
         query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, 1, head_dim)
         query_key = apply_feature_map(query_key, self.config.feature_map)
         if lrpe is not None:
