@@ -28,11 +28,11 @@ from .reference_transnormer import (
 
 try:
     from .kernels_transnormer import (
-        triton_diag_attention,
         triton_norm_attention,
         triton_norm_attention_step,
         triton_simple_rms_norm,
     )
+    from .triton_diag_transnormer import takes_diag_attention, triton_diag_attention
 except ImportError:  # triton is not installed
     triton_diag_attention = triton_norm_attention = triton_norm_attention_step = triton_simple_rms_norm = None
 
@@ -209,9 +209,10 @@ def diag_attention(
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p={dropout_p} must be a probability, from 0 to 1.")
     metadata = _metadata_of(query, attention_mask, cu_seqlens, metadata)
-    run = {"eager": eager_diag_attention, "torch": chunked_diag_attention, "triton": triton_diag_attention}[
-        resolve_backend(backend, query)
-    ]
+    resolved = resolve_backend(backend, query)
+    if resolved == "triton" and backend == "auto":
+        resolved = "triton" if takes_diag_attention(query, key, value, block_size, activation) else "torch"
+    run = {"eager": eager_diag_attention, "torch": chunked_diag_attention, "triton": triton_diag_attention}[resolved]
     with _without_autocast(query.device):
         return run(
             query,
