@@ -229,12 +229,17 @@ def keep_scale(dropout_p):
 
 @triton.jit
 def attention_map(
-    query_head, key_head, query_projection, key_projection, first, q_mask, kv_mask, row_stride,
+    query_head, key_head, first, q_mask, kv_mask, row_stride,
     theta_ptr, householder_ptr, seed_ptr, row_and_head, scale, dropout_p, block_size,
     HEAD_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """P of a tile, with a minus sign on what dropout drops: (TILE, TILE) float32. Zeros in a row that sees no key."""
+    """P of a tile, with a minus sign on what dropout drops: (TILE, TILE) float32. Zeros in a row that sees no key.
+
+    Also the projections of q and k on the reflection's vector, which the backward pass needs again: (TILE,) each.
+    """
+    query_projection = project(query_head, first, q_mask, row_stride, householder_ptr, theta_ptr, HEAD_DIM, TILE, CHUNK)
+    key_projection = project(key_head, first, kv_mask, row_stride, householder_ptr, theta_ptr, HEAD_DIM, TILE, CHUNK)
     scores = tl.zeros((TILE, TILE), tl.float32)
     for chunk in range(0, HEAD_DIM, CHUNK):
         query = load_rotated(
@@ -261,7 +266,7 @@ def attention_map(
         weights *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     if seed_ptr is not None:
         weights = mark_dropped(weights, seed_ptr, row_and_head, first + places, dropout_p, TILE)
-    return weights
+    return weights, query_projection, key_projection
 
 
 @triton.jit
@@ -312,14 +317,8 @@ def diag_forward_kernel(
     value_head = head_of(value_ptr, batch, head, seq_len, query_row_stride, HEAD_DIM)
     output_row_stride = num_heads * HEAD_DIM // STRIDE_UNIT
     output_head = head_of(output_ptr, batch, head, seq_len, output_row_stride, HEAD_DIM)
-    query_projection = project(
-        query_head, first, q_mask, query_row_stride, householder_ptr, theta_ptr, HEAD_DIM, TILE, CHUNK
-    )
-    key_projection = project(
-        key_head, first, kv_mask, query_row_stride, householder_ptr, theta_ptr, HEAD_DIM, TILE, CHUNK
-    )
-    weights = attention_map(
-        query_head, key_head, query_projection, key_projection, first, q_mask, kv_mask, query_row_stride,
+    weights, _, _ = attention_map(
+        query_head, key_head, first, q_mask, kv_mask, query_row_stride,
         theta_ptr, householder_ptr, seed_ptr, batch.to(tl.int64) * num_heads + head, scale, dropout_p, block_size,
         HEAD_DIM, TILE, CHUNK, DOT_TYPE, PRECISION, CAUSAL, RELU,
     )  # fmt: skip
@@ -328,7 +327,7 @@ def diag_forward_kernel(
     weights = weights.to(MAP_TYPE)
     for chunk in range(0, HEAD_DIM, CHUNK):
         value = load_tile(value_head + chunk, first, kv_mask, query_row_stride, HEAD_DIM - chunk, TILE, CHUNK)
-        output = tl.dot(weights, value.to(tl.float32).to(MAP_TYPE), input_precision=PRECISION)
+        output = tl.dot(weights, value.to(MAP_TYPE), input_precision=PRECISION)
         store_tile(output_head + chunk, output, first, q_mask, output_row_stride, HEAD_DIM - chunk, TILE, CHUNK)
 
 
@@ -365,14 +364,8 @@ def diag_backward_kernel(
     query_grad_head = head_of(query_grad_ptr, batch, head, seq_len, grad_row_stride, HEAD_DIM)
     key_grad_head = head_of(key_grad_ptr, batch, head, seq_len, grad_row_stride, HEAD_DIM)
     value_grad_head = head_of(value_grad_ptr, batch, head, seq_len, grad_row_stride, HEAD_DIM)
-    query_projection = project(
-        query_head, first, q_mask, query_row_stride, householder_ptr, theta_ptr, HEAD_DIM, TILE, CHUNK
-    )
-    key_projection = project(
-        key_head, first, kv_mask, query_row_stride, householder_ptr, theta_ptr, HEAD_DIM, TILE, CHUNK
-    )
-    weights = attention_map(
-        query_head, key_head, query_projection, key_projection, first, q_mask, kv_mask, query_row_stride,
+    weights, query_projection, key_projection = attention_map(
+        query_head, key_head, first, q_mask, kv_mask, query_row_stride,
         theta_ptr, householder_ptr, seed_ptr, batch.to(tl.int64) * num_heads + head, scale, dropout_p, block_size,
         HEAD_DIM, TILE, CHUNK, DOT_TYPE, PRECISION, CAUSAL, RELU,
     )  # fmt: skip
@@ -384,11 +377,10 @@ def diag_backward_kernel(
     grad_weights = tl.zeros((TILE, TILE), tl.float32)
     for chunk in range(0, HEAD_DIM, CHUNK):
         grad = load_tile(grad_head + chunk, first, q_mask, grad_row_stride, HEAD_DIM - chunk, TILE, CHUNK)
-        grad = grad.to(tl.float32)
         value = load_tile(value_head + chunk, first, kv_mask, query_row_stride, HEAD_DIM - chunk, TILE, CHUNK)
         value_grad = tl.dot(dropped, grad.to(MAP_TYPE), input_precision=PRECISION)
         store_tile(value_grad_head + chunk, value_grad, first, q_mask, grad_row_stride, HEAD_DIM - chunk, TILE, CHUNK)
-        value = tl.trans(value.to(tl.float32).to(DOT_TYPE))
+        value = tl.trans(value.to(DOT_TYPE))
         grad_weights = tl.dot(grad.to(DOT_TYPE), value, grad_weights, input_precision=PRECISION)
     if seed_ptr is not None:
         grad_weights = tl.where(weights > 0.0, grad_weights * keep_scale(dropout_p), 0.0)
@@ -515,7 +507,7 @@ def folded_diag_attention(
     Where blocks begin is known on the device only, so there is room for as many as these sequences can have at most,
     and a mask for the room that is left. Arguments as `eager_diag_attention`; query and key have LRPE already.
     """
-    batch_size, num_heads, seq_len, _ = query.shape
+    batch_size, num_heads, seq_len, head_dim = query.shape
     if 0 in query.shape:
         return query + key + value  # empty as well, and all three get gradients
     blocks = metadata.positions.div(block_size, rounding_mode="floor")
@@ -539,17 +531,20 @@ def folded_diag_attention(
     if causal:
         visible = visible & torch.ones(width, width, dtype=torch.bool, device=query.device).tril()
     sees_no_key = ~visible.any(-1, keepdim=True)
+    query, key, value = (
+        fold(tensor.transpose(1, 2)).transpose(1, 2)
+        for tensor in (query, zero_padding(key, metadata), zero_padding(value, metadata))
+    )
     output = F.scaled_dot_product_attention(
-        *(
-            fold(tensor.transpose(1, 2)).transpose(1, 2)
-            for tensor in (query, zero_padding(key, metadata), zero_padding(value, metadata))
-        ),
+        query,
+        key,
+        value,
         attn_mask=visible | sees_no_key,  # a row without any key must become zeros and not NaN
         dropout_p=dropout_p,
         scale=scale,
     ).masked_fill(sees_no_key, 0)
-    output = output.transpose(1, 2).reshape(batch_size, count * width, num_heads, -1)
-    return output.gather(1, slots[:, :, None, None].expand(value.transpose(1, 2).shape)).transpose(1, 2)
+    output = output.transpose(1, 2).reshape(batch_size, count * width, num_heads, head_dim)
+    return output.gather(1, slots[:, :, None, None].expand(-1, -1, num_heads, head_dim)).transpose(1, 2)
 
 
 def diag_attention_forward(
@@ -610,7 +605,7 @@ def diag_attention_backward(
     _launch(diag_backward_kernel, tensors, block_size, causal, activation, scale, dropout_p)
     if needs_theta:
         theta_grad = parts.sum(0).to(theta.dtype)
-    return *grads, theta_grad
+    return grads[0], grads[1], grads[2], theta_grad
 
 
 def _empty_forward(query: torch.Tensor, *_: Any) -> torch.Tensor:
