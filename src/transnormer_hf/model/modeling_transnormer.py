@@ -37,9 +37,7 @@ from .ops_transnormer import (
     diag_attention_map,
     norm_attention,
     norm_attention_map,
-    resolve_backend,
     simple_rms_norm,
-    triton_norm_attention_step,
 )
 from .reference_transnormer import (
     LRPE,
@@ -237,12 +235,6 @@ class TransNormerNormAttention(TransNormerAttention):
         return output
 
     def step(self, query, key, value, metadata, lrpe, state):
-        is_plain = torch.is_grad_enabled() or state.tokens.is_recorded
-        if not is_plain and resolve_backend(self.config.backend, query) == "triton":
-            past, feature_map = state.state.tensors["state"], self.config.feature_map
-            return triton_norm_attention_step(
-                query, key, value, past, metadata=metadata, feature_map=feature_map, lrpe=lrpe
-            )
         query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, 1, head_dim)
         query_key = apply_feature_map(query_key, self.config.feature_map)
         if lrpe is not None:

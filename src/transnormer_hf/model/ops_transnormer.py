@@ -2,8 +2,8 @@
 
 Each attention exists three times under one name: its definition (here, `"eager"`: quadratic, the truth for all tests),
 a fast path in plain torch (`chunked_transnormer.py`, `"torch"`: linear in length), and Triton kernels for a GPU
-(`kernels_transnormer.py`, `"triton"`). `backend="auto"` takes the kernels for CUDA tensors where triton is installed
-and the fast path everywhere else.
+(`triton_norm_transnormer.py` and `triton_diag_transnormer.py`, `"triton"`). `backend="auto"` takes the kernels for
+CUDA tensors where triton is installed, and the fast path everywhere else and for inputs that the kernels do not take.
 
 Shapes are (batch, heads, seq, head_dim) throughout. Sums and states are float32 whatever the inputs (float64 for
 float64 inputs), and outputs come back in the dtype of the inputs.
@@ -27,14 +27,11 @@ from .reference_transnormer import (
 )
 
 try:
-    from .kernels_transnormer import (
-        triton_norm_attention,
-        triton_norm_attention_step,
-        triton_simple_rms_norm,
-    )
+    from .triton_common_transnormer import takes_head_dim, triton_simple_rms_norm
     from .triton_diag_transnormer import takes_diag_attention, triton_diag_attention
+    from .triton_norm_transnormer import triton_norm_attention
 except ImportError:  # triton is not installed
-    triton_diag_attention = triton_norm_attention = triton_norm_attention_step = triton_simple_rms_norm = None
+    triton_diag_attention = triton_norm_attention = triton_simple_rms_norm = None
 
 BACKENDS = ("auto", "eager", "torch", "triton")
 DIAG_ACTIVATIONS = ("softmax", "relu")
@@ -88,7 +85,7 @@ def norm_attention(
     if initial_state is not None and tuple(initial_state.shape) != state_shape:
         raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}; these inputs need {state_shape}.")
     run = {"eager": eager_norm_attention, "torch": chunked_norm_attention, "triton": triton_norm_attention}[
-        resolve_backend(backend, query)
+        resolve_backend(backend, query, query.shape[-1], value.shape[-1])
     ]
     with _without_autocast(query.device):
         output, state = run(
@@ -314,14 +311,16 @@ def simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8, backend: str
     return (wide / (rms + eps)).to(hidden_states.dtype)
 
 
-def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
-    """The backend to run; "auto" is "triton" for CUDA tensors where triton is installed, and "torch" otherwise."""
+def resolve_backend(backend: str, tensor: torch.Tensor, *head_dims: int) -> str:
+    """The backend to run; "auto" is "torch" unless triton is installed and takes this device and these head_dims."""
     _check_choice("backend", backend, BACKENDS)
     if backend == "triton" and triton_norm_attention is None:
         raise ValueError('backend="triton" needs the triton package, which is not installed; use backend="auto".')
     if backend != "auto":
         return backend
-    return "triton" if tensor.is_cuda and triton_norm_attention is not None else "torch"
+    if not tensor.is_cuda or triton_norm_attention is None:
+        return "torch"
+    return "triton" if all(map(takes_head_dim, head_dims)) else "torch"
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:

@@ -148,21 +148,21 @@ def head_of(tensor_ptr, batch, head, seq_len, row_stride, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
-def tile_offsets(start, row_stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Offsets of tokens start, start + 1, ... of a head: (BLOCK_T, BLOCK_D).
+def tile_pointers(head_ptr, start, row_stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where tokens start, start + 1, ... of a head lie: (BLOCK_T, BLOCK_D).
 
-    Only where the tile begins takes 64 bits, one number per program; 64 bits per element would cost registers.
+    Only the beginning of the tile takes 64 bits, one number per program; 64 bits per element would cost registers.
     """
     rows, channels = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     row_stride *= STRIDE_UNIT
-    return start.to(tl.int64) * row_stride + (rows[:, None] * row_stride + channels[None, :])
+    return head_ptr + start.to(tl.int64) * row_stride + (rows[:, None] * row_stride + channels[None, :])
 
 
 @triton.jit
 def load_tile(head_ptr, start, mask, row_stride, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """Tokens start, start + 1, ... of a head in the tensor's dtype; zeros where `mask` (BLOCK_T,) is False."""
     inside = mask[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    return tl.load(head_ptr + tile_offsets(start, row_stride, BLOCK_T, BLOCK_D), mask=inside, other=0.0)
+    return tl.load(tile_pointers(head_ptr, start, row_stride, BLOCK_T, BLOCK_D), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def store_tile(
     head_ptr, tile, start, mask, row_stride, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     inside = mask[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    pointers = head_ptr + tile_offsets(start, row_stride, BLOCK_T, BLOCK_D)
+    pointers = tile_pointers(head_ptr, start, row_stride, BLOCK_T, BLOCK_D)
     tl.store(pointers, tile.to(head_ptr.dtype.element_ty), mask=inside)
 
 
