@@ -291,7 +291,7 @@ def add_tiles(
         mapped = load_tile(mapped_ptr, first, mask, mapped_row_stride, HEAD_DIM, BLOCK_T, BLOCK_K)
         mapped = map_tile(mapped, mask, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K).to(DOT)
         own = left
-        if HALVES:  # as a value of this round; else its operand, which every warp has whole, stays in registers
+        if HALVES:  # step < 0 is never true, but keeps the operand (of which every warp has all) out of registers
             own += tl.where(step < 0, 1.0, 0.0)
         if SCORE_MAPPED:
             scores = score(own, mapped, BLOCK_T, BLOCK_K, PRECISION, HALVES)
@@ -335,7 +335,8 @@ def write_outputs(
             head_of(key_ptr, batch, head, seq_len, key_row_stride, HEAD_DIM),
             mask_ptr, value_row_stride, key_row_stride,
             batch, seq_len, start, begin, end, position, high, low, householder,
-            True, DIRECTION, FEATURE_MAP, LRPE, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
+            True, DIRECTION, FEATURE_MAP, LRPE,
+            HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
         )  # fmt: skip
     row_stride = heads * (VALUE_DIM // 8)  # in units of STRIDE_UNIT, like the others
     output_ptr = head_of(output_ptr, batch, head, seq_len, row_stride, VALUE_DIM)
@@ -370,7 +371,8 @@ def write_gradients(
             head_of(mapped_ptr, batch, head, seq_len, mapped_row_stride, HEAD_DIM),
             mask_ptr, plain_row_stride, mapped_row_stride,
             batch, seq_len, start, begin, end, position, high, low, householder,
-            False, DIRECTION, FEATURE_MAP, LRPE, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
+            False, DIRECTION, FEATURE_MAP, LRPE,
+            HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
         )  # fmt: skip
     own_ptr = head_of(own_ptr, batch, head, seq_len, own_row_stride, HEAD_DIM)
     own = load_tile(own_ptr, start, mask, own_row_stride, HEAD_DIM, BLOCK_T, BLOCK_K).to(tl.float32)
@@ -795,11 +797,13 @@ def launch_options(kernel: str, target: str, dtype: str, head_dim: int, value_di
 
     No registers spill with these; scripts/compile_kernels.py shows it.
     """
-    is_wide = max(head_dim, value_dim) > 64
-    block_t = {"fp32": 16 if is_wide else 32, "fp16": 32 if is_wide else 64}.get(dtype, 64)
+    is_wide, is_float32 = max(head_dim, value_dim) > 64, dtype == "fp32"
+    block_t = 64
+    if is_float32 or (dtype == "fp16" and is_wide):
+        block_t = 16 if is_float32 and is_wide else 32
     return {
         "BLOCK_T": min(block_t, SEGMENT),
-        "num_warps": 8 if is_wide or dtype == "fp32" else 4,
-        "num_stages": 2,
-        "HALVES": dtype == "fp32",
+        "HALVES": is_float32,
+        "num_warps": 8 if is_wide or is_float32 else 4,
+        "num_stages": 1 if is_float32 else 2,
     }
