@@ -35,7 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive
 from .configuration_transnormer import CACHE_NAME, TransNormerConfig
-from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm
+from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm, with_segments
 from .reference_transnormer import (
     LRPE,
     AttentionMetadata,
@@ -537,6 +537,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
                 raise ValueError(f"{CACHE_NAME} was given to a bidirectional model (is_causal=False), which has none.")
             adopt_cache(cache, self.config)
         metadata = self._metadata(inputs_embeds, attention_mask, position_ids, cache, kwargs.get("cu_seq_lens_q"))
+        metadata = with_segments(metadata)
         is_packed = metadata.cu_seqlens is not None
         if cache is None and use_cache and self.is_causal and not self.training and not is_packed:
             cache = TransNormerCache(self.config)
