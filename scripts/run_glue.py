@@ -33,7 +33,6 @@ from transformers import (
 import transnormer_hf  # noqa: F401  registers TransNormer with the Auto classes
 from transnormer_hf.hub.model_card import EvaluatedSplit, build_glue_card
 from transnormer_hf.tasks.glue import (
-    FILE_FORMATS,
     HUB_DATASET,
     GlueTask,
     compute_glue_metrics,
@@ -42,6 +41,7 @@ from transnormer_hf.tasks.glue import (
     write_submission,
 )
 from transnormer_hf.training.fine_tuning import (
+    TRAINER_DEFAULTS,
     CardTrainer,
     EpochSetter,
     ModelArguments,
@@ -52,6 +52,7 @@ from transnormer_hf.training.fine_tuning import (
     check_length,
     check_model_arguments,
     check_run_arguments,
+    end_of_text,
     finish_runs,
     load_config,
     load_tokenizer,
@@ -61,6 +62,14 @@ from transnormer_hf.training.fine_tuning import (
     set_up_logging,
     token_fields,
     update_results,
+)
+from transnormer_hf.training.losses import aligned_loss, squared_error
+from transnormer_hf.training.predictions import check_finite, labels_of, logits_of
+from transnormer_hf.training.text_files import check_file
+from transnormer_hf.training.trainer_arguments import (
+    check_enough_rows,
+    check_metric_for_best_model,
+    refuse_unless,
 )
 
 logger = logging.getLogger("run_glue")
@@ -129,7 +138,9 @@ def parse_arguments(
         ValueError: an argument is wrong or missing; the message names it and what would work.
     """
     types = (GlueModelArguments, DataArguments, GlueRunArguments, TrainingArguments)
-    model_args, data_args, run_args, training_args = parse_dataclasses(types, argv, {"metric_for_best_model": "best"})
+    model_args, data_args, run_args, training_args = parse_dataclasses(
+        types, argv, {**TRAINER_DEFAULTS, "metric_for_best_model": "best"}
+    )
     task = get_task(data_args.task_name)
     if training_args.metric_for_best_model == "best":
         training_args.metric_for_best_model = task.best_metric if task.metrics else None
@@ -161,10 +172,7 @@ def check_data_arguments(task: GlueTask, args: DataArguments, training_args: Tra
             f"Got --data_dir {args.data_dir} and --{next(iter(args.files))}: give a folder or single files."
         )
     for name, file in args.files.items():
-        if Path(file).suffix.lower() not in FILE_FORMATS:
-            raise ValueError(f"--{name} {file}: unknown extension, expected one of {', '.join(FILE_FORMATS)}.")
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"--{name} {file}: no such file.")
+        check_file(file, argument=name)
     for step, name in steps.items():
         if args.files and getattr(training_args, step) and name not in args.files:
             raise ValueError(f"--{step} needs --{name}, as --{next(iter(args.files))} is given.")
@@ -177,13 +185,10 @@ def check_data_arguments(task: GlueTask, args: DataArguments, training_args: Tra
 def check_glue_run_arguments(task: GlueTask, args: GlueRunArguments, training_args: TrainingArguments) -> None:
     """Raise ValueError unless the seeds, the early stopping and the folder to resume from make sense together."""
     check_run_arguments(args, training_args)
-    metric = training_args.metric_for_best_model
-    known = {*task.metrics, task.best_metric, "loss"} if task.metrics else {None}
-    if metric is not None and metric.removeprefix("eval_") not in known:
-        raise ValueError(
-            f"--metric_for_best_model {metric} is not a figure of {task.name}: choose one of"
-            f" {', '.join(sorted(map(str, known)))}."
-        )
+    if task.metrics:
+        check_metric_for_best_model(training_args, [*task.metrics, task.best_metric, "loss"], task.name)
+    if task.is_regression:
+        refuse_unless(training_args, "label_smoothing_factor", (0.0,), f"{task.name} has scores in place of classes")
     if args.early_stopping_patience is not None:
         if args.early_stopping_patience < 1:
             raise ValueError(f"--early_stopping_patience {args.early_stopping_patience} must be at least 1.")
@@ -261,7 +266,9 @@ def prepare_data(
             truncation=True,
             max_length=args.max_seq_length,
             padding="max_length" if args.pad_to_max_length else False,
+            return_attention_mask=True,
         )
+        fill_empty_rows(encoded, tokenizer)
         if "label" in rows:
             encoded["label"] = [label_ids.get(label, label) for label in rows["label"]]
         return encoded
@@ -291,11 +298,23 @@ def prepare_data(
         return load_glue(task, splits, data_dir=args.data_dir, files=files, cache_dir=cache_dir)
 
     with training_args.main_process_first(desc="reading and tokenising the data"):
-        return GlueData(
+        data = GlueData(
             train=prepare(load(["train"]), args.max_train_samples)["train"] if training_args.do_train else None,
             evaluation=prepare(load(eval_splits), args.max_eval_samples) if training_args.do_eval else {},
             test=prepare(load(test_splits), args.max_predict_samples) if training_args.do_predict else {},
         )
+    if data.train is not None:
+        check_enough_rows(training_args, len(data.train))
+    return data
+
+
+def fill_empty_rows(encoded: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the end of text into rows of no tokens: an empty text, where the tokenizer frames none."""
+    for number, mask in enumerate(encoded["attention_mask"]):
+        if not any(mask):
+            for name, value in (("input_ids", end_of_text(tokenizer)), ("attention_mask", 1), ("token_type_ids", 0)):
+                if name in encoded:
+                    encoded[name][number][:1] = [value]
 
 
 # ---- Runs ----
@@ -340,14 +359,15 @@ def run(
     names = model.config.id2label
     task_ids = np.array([task.labels.index(names[number]) for number in range(len(task.labels))], dtype=int)
 
-    def decode(outputs: Any) -> np.ndarray:
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs  # (rows, labels)
+    def decode(outputs: Any, split: str) -> np.ndarray:
+        logits = logits_of(outputs)  # (rows, labels)
+        check_finite(logits, f"{task.title}, {split}")
         return logits[:, 0] if task.is_regression else task_ids[logits.argmax(axis=-1)]
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        labels = np.asarray(prediction.label_ids)
+        labels = labels_of(prediction.label_ids)
         references = labels.reshape(-1) if task.is_regression else task_ids[labels]
-        return compute_glue_metrics(task, decode(prediction.predictions), references)
+        return compute_glue_metrics(task, decode(prediction.predictions, "evaluation"), references)
 
     callbacks: list[TrainerCallback] = [TrainingClock(run_args.max_minutes), EpochSetter()]
     if run_args.early_stopping_patience is not None:
@@ -359,6 +379,7 @@ def run(
         eval_dataset=next(iter(data.evaluation.values()), None),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
+        compute_loss_func=squared_error if task.is_regression else aligned_loss,
         compute_metrics=compute_metrics,
         callbacks=callbacks,
     )
@@ -385,7 +406,7 @@ def run(
             results |= report(trainer, "eval_mm" if position else "eval", metrics)
 
     for name, split in data.test.items():
-        predictions = decode(trainer.predict(split, metric_key_prefix="predict").predictions)
+        predictions = decode(trainer.predict(split, metric_key_prefix="predict").predictions, name)
         if trainer.is_world_process_zero():
             path = write_submission(training_args.output_dir, task, name, predictions)
             logger.info("Wrote %d predictions to %s.", len(predictions), path)

@@ -74,16 +74,16 @@ def test_every_format_gives_the_same_documents(suffix, tmp_path, articles):
     else:
         table.to_parquet(file)
     start = WIKITEXT_TITLE if suffix == ".txt" else None
-    options = {"cache_dir": str(tmp_path / "cache")}
-    assert list(TextSource(str(file), None, "train", document_start=start, options=options).documents()) == expected
-    assert list(TextSource(str(file), None, "train", document_start=start, streaming=True).documents()) == expected
+    assert list(TextSource(str(file), None, "train", document_start=start).documents()) == expected
 
 
 def test_a_missing_column_is_named(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"content": "a"}\n')
-    with pytest.raises(ValueError, match=r"file rows\.jsonl, row 1: no text in column 'text', found content; .*--text"):
-        list(TextSource(str(file), None, "train", options={"cache_dir": str(tmp_path)}).documents())
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl, line 1: no text in column 'text', found content; .*--text"
+    ):
+        list(TextSource(str(file), None, "train").documents())
 
 
 def test_a_hub_out_of_reach_is_said_with_what_works_without_it():
