@@ -357,6 +357,16 @@ def test_constant_predictions_have_a_defined_value(name, value):
     assert all(np.isfinite(list(metrics.values())))
 
 
+@pytest.mark.parametrize("name", ["stsb", "sst2"])
+def test_predictions_that_are_no_numbers_are_neither_scored_nor_written(name, tmp_path):
+    predictions = np.array([1.0, np.nan, 1.0])
+    with pytest.raises(ValueError, match=r"in 1 of 3 rows \(row 2\)"):
+        compute_glue_metrics(TASKS[name], predictions, np.array([1.0, 1.0, 0.0]))
+    with pytest.raises(ValueError, match=r"in 1 of 3 rows \(row 2\)"):
+        write_submission(tmp_path, TASKS[name], "test", predictions)
+    assert not list(tmp_path.iterdir())
+
+
 def test_evaluate_is_used_where_the_hub_is_reachable(monkeypatch):
     import evaluate
 

@@ -107,7 +107,7 @@ def join_lines(lines: Iterable[str], document_start: str) -> Iterator[str]:
     pattern = re.compile(document_start)
     document: list[str] = []
     for line in lines:
-        text = line.rstrip("\r\n")
+        text = line.removesuffix("\n").removesuffix("\r")
         if document and pattern.search(text):
             yield "".join(document)
             document = []

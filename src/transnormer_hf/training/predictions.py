@@ -33,7 +33,7 @@ def check_finite(values: np.ndarray, what: str) -> None:
         values: (rows, ...), numbers of any kind.
         what: What the rows are of, for the message.
     """
-    is_finite = np.isfinite(values).reshape(len(values), -1).all(-1)  # (rows,)
+    is_finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))  # (rows,)
     if is_finite.all():
         return
     rows = [str(row) for row in np.flatnonzero(~is_finite)[:5] + 1]
