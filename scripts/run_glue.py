@@ -51,6 +51,7 @@ from transnormer_hf.training.fine_tuning import (
     build_model,
     check_length,
     check_model_arguments,
+    check_positions,
     check_run_arguments,
     end_of_text,
     finish_runs,
@@ -258,6 +259,12 @@ def prepare_data(
 ) -> GlueData:
     """Load the splits that the run needs, cut them to the sizes asked for, and tokenise them."""
     check_length("max_seq_length", args.max_seq_length, config, tokenizer.model_max_length)
+    special = tokenizer.num_special_tokens_to_add(pair=len(task.texts) == 2)
+    if args.max_seq_length <= special:
+        raise ValueError(
+            f"--max_seq_length {args.max_seq_length} leaves no room beside the tokenizer's {special} special tokens:"
+            f" give at least {special + 1}."
+        )
     label_ids = {task_id: config.label2id[name] for task_id, name in enumerate(task.labels)}
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
@@ -338,6 +345,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             planned.args.seed,
             ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
         )
+        check_positions("max_seq_length", data_args.max_seq_length, model)
         if model_args.use_lora:
             model = add_lora(model, model_args)
         results.append(run(task, model, tokenizer, data, model_args, data_args, run_args, planned))

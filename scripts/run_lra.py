@@ -55,6 +55,7 @@ from transnormer_hf.training.fine_tuning import (
     change_factors,
     check_length,
     check_model_arguments,
+    check_positions,
     check_run_arguments,
     finish_runs,
     given_value,
@@ -303,6 +304,7 @@ def run(
     """Train and evaluate with one seed; returns what the folder's `all_results.json` then holds."""
     args = planned.args
     model = make_model(task, model_args, config, args.seed)
+    check_positions("max_length", data_args.max_length, model)
     trainer = LraTrainer(
         model=model,
         args=args,

@@ -446,6 +446,9 @@ def test_what_a_configuration_derives_follows_the_overrides(tokenizer_dir, tmp_p
 # ---- Bad input ----
 
 TRAIN = ("--do_train",)
+SMALL_ROBERTA = (
+    "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,max_position_embeddings=64"
+)
 BAD_ARGUMENTS = [
     (TRAIN, {"task_name": "sst"}, r"--task_name 'sst' is not a GLUE task: choose one of cola"),
     (TRAIN, {"task_name": None}, r"--task_name None is not a GLUE task"),
@@ -489,6 +492,12 @@ BAD_ARGUMENTS = [
     ),
     (TRAIN, {"task_name": "rte"}, r"train\.tsv, line 2: no column 'sentence1' for task rte"),
     (TRAIN, {"max_seq_length": 65}, r"--max_seq_length 65 is more than the 64 tokens that the model takes"),
+    (TRAIN, {"max_seq_length": 2}, r"--max_seq_length 2 leaves no room beside the tokenizer's 2 special tokens: .* 3"),
+    (
+        TRAIN,
+        {"config_name": None, "model_type": "roberta", "config_overrides": SMALL_ROBERTA, "max_seq_length": 64},
+        r"--max_seq_length 64 is more than the 63 tokens that the model takes: its positions begin behind",
+    ),
     (TRAIN, {"max_train_samples": 0}, r"--max_train_samples 0 must be at least 1"),
     (TRAIN, {"seeds": "1;2"}, r"--seeds '1;2' must be whole numbers with commas"),
     (TRAIN, {"seeds": "1,1"}, r"--seeds 1,1 names a seed twice"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments, default_data_collator
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, default_data_collator
 
 from transnormer_hf import (
     TransNormerConfig,
@@ -75,6 +75,16 @@ def test_labels_of_a_causal_model_are_shifted_before_they_are_smoothed(tmp_path)
     torch.testing.assert_close(loss, smoothed(logits[:, :-1], input_ids[:, 1:], 0.1))
     plain = next_token_loss(SimpleNamespace(logits=logits), input_ids)
     torch.testing.assert_close(plain, model(input_ids, labels=input_ids).loss)
+
+
+@pytest.mark.parametrize(("trainer_class", "warns"), [(Trainer, True), (CardTrainer, False)])
+def test_the_stock_trainer_is_told_that_it_smooths_the_wrong_labels(trainer_class, warns, tmp_path, caplog):
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 50, (4, 12))]
+    for smoothing in (0.0, 0.1):
+        caplog.clear()
+        args = arguments(tmp_path, label_smoothing_factor=smoothing, max_steps=1)
+        trainer_class(TransNormerForCausalLM(TransNormerConfig(**SMALL)), args, train_dataset=rows).train()
+        assert ("transformers shifts the labels only for the causal models" in caplog.text) is (warns and smoothing > 0)
 
 
 def test_smoothed_losses_of_micro_batches_add_up():

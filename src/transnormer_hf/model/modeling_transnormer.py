@@ -26,7 +26,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -52,6 +52,8 @@ from .reference_transnormer import (
     rotation_table,
     zero_padding,
 )
+
+logger = logging.get_logger(__name__)
 
 # The released models count positions from 2 on, as fairseq does (padding index + 1, and padding is 1 there).
 FIRST_POSITION = 2
@@ -623,6 +625,12 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        elif self.training and kwargs.get("num_items_in_batch") is not None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "The Trainer computes the loss of these logits by itself. If that is for label_smoothing_factor, it is"
+                " wrong: transformers shifts the labels only for the causal models that it knows by name. Use"
+                " transnormer_hf.training.fine_tuning.CardTrainer, or a compute_loss_func."
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

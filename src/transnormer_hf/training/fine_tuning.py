@@ -326,6 +326,25 @@ def check_length(argument: str, length: int, config: PreTrainedConfig, limit: in
         raise ValueError(f"--{argument} {length} is more than the {min(limits)} tokens that the model takes.")
 
 
+def check_positions(argument: str, length: int, model: Any) -> None:
+    """Raise ValueError if the model's table of learned positions holds fewer than `length`.
+
+    In RoBERTa and its like the positions of tokens begin behind that of padding, so that the table holds fewer than
+    `max_position_embeddings`.
+    """
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    limit = min((table.num_embeddings - table.padding_idx - 1 for table in tables), default=length)
+    if length > limit:
+        raise ValueError(
+            f"--{argument} {length} is more than the {limit} tokens that the model takes: its positions begin behind"
+            " that of padding."
+        )
+
+
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token between documents.
 
@@ -437,19 +456,20 @@ class CardTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         smoothing, loss = self.args.label_smoothing_factor, self.compute_loss_func
-        if not smoothing:
-            return
-        if loss is None and getattr(self.model, "loss_type", None) == "ForCausalLM":
+        if smoothing and loss is None and getattr(self.model, "loss_type", None) == "ForCausalLM":
             loss = next_token_loss  # the Trainer shifts labels only for the classes that it knows by name
         if loss is None:
             return
-        if "label_smoothing" not in inspect.signature(loss).parameters:
-            name = getattr(loss, "__name__", loss)
-            raise ValueError(
-                f"--label_smoothing_factor {smoothing} has no meaning for the loss {name!r}: leave it out, or give a"
-                " compute_loss_func that takes label_smoothing."
-            )
-        self.compute_loss_func = partial(loss, label_smoothing=smoothing)
+        if smoothing:
+            if "label_smoothing" not in inspect.signature(loss).parameters:
+                name = getattr(loss, "__name__", loss)
+                raise ValueError(
+                    f"--label_smoothing_factor {smoothing} has no meaning for the loss {name!r}: leave it out, or give"
+                    " a compute_loss_func that takes label_smoothing."
+                )
+            loss = partial(loss, label_smoothing=smoothing)
+        self.compute_loss_func = loss
+        self.model_accepts_loss_kwargs = False  # the count of labels is for the loss, and the model computes none
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """A loader of the rows that were given; the Trainer's, with persistent workers, is that of its first call."""

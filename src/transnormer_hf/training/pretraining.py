@@ -38,6 +38,7 @@ from .fine_tuning import (
     change_factors,
     check_length,
     check_model_arguments,
+    check_positions,
     check_run_arguments,
     end_of_text,
     finish_runs,
@@ -492,6 +493,7 @@ def pretrain(
     data, results = None, []
     for planned in runs:
         model = build_model(objective.auto_class, model_args, copy.deepcopy(config), planned.args.seed)
+        check_positions(objective.length_argument, getattr(data_args, objective.length_argument), model)
         if data is None:
             data = prepare_data(objective, data_args, training_args, tokenizer, model, model_args.cache_dir)
         results.append(run(objective, model, tokenizer, data, model_args, data_args, run_args, planned, callbacks))
