@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 
 
+class DivergedError(ValueError):
+    """The model gives NaN or infinity."""
+
+
 def logits_of(predictions: Any) -> np.ndarray:
     """The logits (rows, ...) in the predictions of the Trainer.
 
@@ -27,7 +31,7 @@ def labels_of(label_ids: Any) -> np.ndarray:
 
 
 def check_finite(values: np.ndarray, what: str) -> None:
-    """Raise ValueError where a row of predictions holds NaN or infinity.
+    """Raise DivergedError, a ValueError, where a row of predictions holds NaN or infinity.
 
     Args:
         values: (rows, ...), numbers of any kind.
@@ -38,7 +42,7 @@ def check_finite(values: np.ndarray, what: str) -> None:
         return
     rows = [str(row) for row in np.flatnonzero(~is_finite)[:5] + 1]
     more = ", ..." if len(is_finite) - is_finite.sum() > len(rows) else ""
-    raise ValueError(
+    raise DivergedError(
         f"{what}: the model's outputs are not finite numbers in {len(is_finite) - is_finite.sum()} of {len(is_finite)}"
         f" rows (row {', '.join(rows)}{more}): it has diverged, and nothing was scored or written. Take an earlier"
         " checkpoint, or train with a lower --learning_rate, a longer --warmup_steps or --max_grad_norm 1."
