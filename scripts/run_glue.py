@@ -11,7 +11,7 @@ call. A run leaves in `output_dir`: the model, `all_results.json`, GLUE submissi
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -249,15 +249,14 @@ class GlueData:
     test: dict[str, Dataset]
 
 
-def prepare_data(
-    task: GlueTask,
-    args: DataArguments,
-    training_args: TrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PreTrainedConfig,
-    cache_dir: str | None,
-) -> GlueData:
-    """Load the splits that the run needs, cut them to the sizes asked for, and tokenise them."""
+def make_tokenize(
+    task: GlueTask, args: DataArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
+    """The function from rows of text to rows of tokens, with the labels as the model numbers them.
+
+    Raises:
+        ValueError: `--max_seq_length` is more than the model takes, or leaves no room for a text.
+    """
     check_length("max_seq_length", args.max_seq_length, config, tokenizer.model_max_length)
     special = tokenizer.num_special_tokens_to_add(pair=len(task.texts) == 2)
     if args.max_seq_length <= special:
@@ -279,6 +278,20 @@ def prepare_data(
         if "label" in rows:
             encoded["label"] = [label_ids.get(label, label) for label in rows["label"]]
         return encoded
+
+    return tokenize
+
+
+def prepare_data(
+    task: GlueTask,
+    args: DataArguments,
+    training_args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    cache_dir: str | None,
+) -> GlueData:
+    """Load the splits that the run needs, cut them to the sizes asked for, and tokenise them."""
+    tokenize = make_tokenize(task, args, tokenizer, config)
 
     def prepare(splits: Mapping[str, Dataset], limit: int | None) -> dict[str, Dataset]:
         return {
@@ -352,18 +365,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return finish_runs(run_args, training_args, results)
 
 
-def run(
+def make_trainer(
     task: GlueTask,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: GlueData,
-    model_args: GlueModelArguments,
-    data_args: DataArguments,
     run_args: GlueRunArguments,
-    planned: Run,
-) -> dict[str, Any]:
-    """Train, evaluate and predict with one seed; returns what the folder's `all_results.json` then holds."""
-    training_args = planned.args
+    training_args: TrainingArguments,
+) -> tuple[CardTrainer, Callable[[Any, str], np.ndarray]]:
+    """The Trainer of a task, and the function from its predictions for a split to the task's answers, (rows,)."""
     names = model.config.id2label
     task_ids = np.array([task.labels.index(names[number]) for number in range(len(task.labels))], dtype=int)
 
@@ -391,6 +401,22 @@ def run(
         compute_metrics=compute_metrics,
         callbacks=callbacks,
     )
+    return trainer, decode
+
+
+def run(
+    task: GlueTask,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: GlueData,
+    model_args: GlueModelArguments,
+    data_args: DataArguments,
+    run_args: GlueRunArguments,
+    planned: Run,
+) -> dict[str, Any]:
+    """Train, evaluate and predict with one seed; returns what the folder's `all_results.json` then holds."""
+    training_args = planned.args
+    trainer, decode = make_trainer(task, model, tokenizer, data, run_args, training_args)
     results: dict[str, Any] = {"task_name": task.name}
 
     if data.train is not None:
@@ -405,35 +431,36 @@ def run(
         trainer.save_state()
 
     evaluated = []
-    if training_args.do_eval:
-        for position, (name, split) in enumerate(data.evaluation.items()):
-            metrics = {**trainer.evaluate(split), "eval_samples": len(split)}
-            evaluated.append(describe_split(task, data_args, name, metrics))
-            if position:  # MNLI mismatched, named as in transformers' example
-                metrics = {f"{key}_mm": value for key, value in metrics.items() if key.startswith("eval_")}
-            results |= report(trainer, "eval_mm" if position else "eval", metrics)
+    for position, (name, split) in enumerate(data.evaluation.items()):
+        metrics = {**trainer.evaluate(split), "eval_samples": len(split)}
+        evaluated.append(describe_split(task, data_args, name, metrics))
+        if position:  # MNLI mismatched, named as in transformers' example
+            metrics = {f"{key}_mm": value for key, value in metrics.items() if key.startswith("eval_")}
+        results |= report(trainer, "eval_mm" if position else "eval", metrics)
 
-    for name, split in data.test.items():
-        predictions = decode(trainer.predict(split, metric_key_prefix="predict").predictions, name)
-        if trainer.is_world_process_zero():
-            path = write_submission(training_args.output_dir, task, name, predictions)
-            logger.info("Wrote %d predictions to %s.", len(predictions), path)
+    predictions = {
+        name: decode(trainer.predict(split, metric_key_prefix="predict").predictions, name)
+        for name, split in data.test.items()
+    }
+    if trainer.is_world_process_zero():
+        for name, answers in predictions.items():
+            path = write_submission(training_args.output_dir, task, name, answers)
+            logger.info("Wrote %d predictions to %s.", len(answers), path)
 
     if data.train is not None:
-        trainer.card = str(
-            build_glue_card(
-                task,
-                model=trainer.accelerator.unwrap_model(trainer.model),
-                training_args=training_args,
-                max_seq_length=data_args.max_seq_length,
-                base_model=model_args.model_name_or_path,
-                train_source=describe_source(task, data_args, "train")
-                + (", first rows only" if len(data.train) == data_args.max_train_samples else ""),
-                official_data=not data_args.files,
-                evaluated=evaluated,
-                results=results,
-            )
+        is_cut = len(data.train) == data_args.max_train_samples
+        card = build_glue_card(
+            task,
+            model=trainer.accelerator.unwrap_model(trainer.model),
+            training_args=training_args,
+            max_seq_length=data_args.max_seq_length,
+            base_model=model_args.model_name_or_path,
+            train_source=describe_source(task, data_args, "train") + (", first rows only" if is_cut else ""),
+            official_data=not data_args.files,
+            evaluated=evaluated,
+            results=results,
         )
+        trainer.card = str(card)
         trainer.create_model_card()
     if trainer.is_world_process_zero():
         results = update_results(Path(training_args.output_dir), results)

@@ -6,13 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import run_lra
 from transnormer_hf.tasks import lra
 
 SMALL = "hidden_size=16,num_hidden_layers=2,intermediate_size=16,block_size=8"
 SMALL_BERT = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=16,max_position_embeddings=64"
+# transformers renamed it in 5.23
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
 STEPS = ("--do_train", "--do_eval", "--do_predict")
 
 
@@ -194,6 +198,7 @@ def test_a_diverged_model_is_named_with_its_rows(task_name, arguments, tmp_path,
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
         {"dataloader_drop_last": True},
         {"neftune_noise_alpha": 5.0},
+        {CHECKPOINTING: True},
     ],
 )
 def test_the_trainers_arguments_work_for_every_kind_of_task(task_name, options, arguments):

@@ -338,6 +338,9 @@ class DualEncoder(nn.Module):
         """The encoder's, which `--neftune_noise_alpha` adds noise to."""
         return self.encoder.get_input_embeddings()
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """The encoder's, for `--gradient_checkpointing`."""
-        self.encoder.gradient_checkpointing_enable(**kwargs)
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """The encoder's, for `--activation_checkpointing`; before transformers 5.23, `--gradient_checkpointing`."""
+        enable = getattr(self.encoder, "activation_checkpointing_enable", None)
+        (enable or self.encoder.gradient_checkpointing_enable)(**kwargs)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable

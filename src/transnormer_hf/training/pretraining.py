@@ -378,8 +378,8 @@ class PretrainingTrainer(CardTrainer):
 
     warmup_init_lr: float = 0.0
 
-    def __init__(self, *args: Any, compute_loss_func: Callable[..., torch.Tensor] = aligned_loss, **kwargs: Any):
-        super().__init__(*args, compute_loss_func=compute_loss_func, **kwargs)
+    def __init__(self, *args: Any, compute_loss_func: Callable[..., torch.Tensor] | None = None, **kwargs: Any):
+        super().__init__(*args, compute_loss_func=compute_loss_func or aligned_loss, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The scheduler that the arguments name, with a warm-up that begins at `warmup_init_lr`.
@@ -533,18 +533,8 @@ def run(
     )
     trainer.warmup_init_lr = data_args.warmup_init_lr
     results: dict[str, Any] = {"task_name": objective.name, "parameters": model.num_parameters()}
-
     if "train" in rows:
-        metrics = trainer.train(resume_from_checkpoint=planned.checkpoint).metrics
-        # --auto_find_batch_size may have taken smaller batches
-        batch_size = trainer.state.train_batch_size or args.train_batch_size
-        per_update = length * batch_size * args.world_size * args.gradient_accumulation_steps
-        minutes = trainer.state.log_history[-1]["train_minutes"]
-        seen = per_update * trainer.state.global_step
-        metrics |= {"train_minutes": minutes, "train_tokens": seen, "train_tokens_per_second": seen / (60 * minutes)}
-        if not data_args.streaming:
-            metrics["train_samples"] = len(rows["train"])
-        results |= {"seed": args.seed, **report(trainer, "train", metrics)}
+        results |= {"seed": args.seed, **train(trainer, planned.checkpoint, length)}
     if had_cache is not None:  # the Trainer turned it off, whoever loads the model will generate
         model.config.use_cache = had_cache
     if "train" in rows:
@@ -559,36 +549,56 @@ def run(
             evaluated.append(describe_split(data, split, results, prefix))
 
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    sample = objective.sample(trained, tokenizer, data_args, args.seed)
-    logger.info("A sample of the model:\n%s", sample)
-    results["sample"] = sample
+    results["sample"] = objective.sample(trained, tokenizer, data_args, args.seed)
+    logger.info("A sample of the model:\n%s", results["sample"])
     if "train" in rows:
-        trainer.card = str(
-            build_training_card(
-                model=trained,
-                training_args=args,
-                task=f"{'causal' if objective.is_causal else 'masked'} language modelling",
-                pipeline_tag=objective.pipeline_tag,
-                dataset=data_args.dataset_name,
-                base_model=model_args.model_name_or_path,
-                train_source=data.sources["train"],
-                max_seq_length=length,
-                metric_titles={
-                    "token_perplexity": objective.perplexity,
-                    **({"word_perplexity": "Perplexity per word"} if objective.is_causal else {}),
-                },
-                evaluated=evaluated,
-                notes=[NOTES[objective.name]],
-                sample=sample,
-                results=results,
-            )
+        card = build_training_card(
+            model=trained,
+            training_args=args,
+            base_model=model_args.model_name_or_path,
+            dataset=data_args.dataset_name,
+            train_source=data.sources["train"],
+            max_seq_length=length,
+            evaluated=evaluated,
+            sample=results["sample"],
+            results=results,
+            **describe_objective(objective),
         )
+        trainer.card = str(card)
         trainer.create_model_card()
     if trainer.is_world_process_zero():
         results = update_results(Path(args.output_dir), results)
     if "train" in rows and args.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def train(trainer: PretrainingTrainer, checkpoint: str | None, length: int) -> dict[str, Any]:
+    """Train, report, and return the figures, with the tokens seen in rows of `length`."""
+    args, rows = trainer.args, trainer.train_dataset
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    batch_size = trainer.state.train_batch_size or args.train_batch_size  # --auto_find_batch_size may lower it
+    per_update = length * batch_size * args.world_size * args.gradient_accumulation_steps
+    minutes, seen = trainer.state.log_history[-1]["train_minutes"], per_update * trainer.state.global_step
+    metrics |= {"train_minutes": minutes, "train_tokens": seen}
+    if minutes > 0:  # a checkpoint of another Trainer that was at its end has no time
+        metrics["train_tokens_per_second"] = seen / (60 * minutes)
+    if isinstance(rows, PackedRows):
+        metrics["train_samples"] = len(rows)
+    return report(trainer, "train", metrics)
+
+
+def describe_objective(objective: Objective) -> dict[str, Any]:
+    """What the model card says about every model of an objective."""
+    titles = {"token_perplexity": objective.perplexity}
+    if objective.is_causal:
+        titles["word_perplexity"] = "Perplexity per word"
+    return {
+        "task": f"{'causal' if objective.is_causal else 'masked'} language modelling",
+        "pipeline_tag": objective.pipeline_tag,
+        "metric_titles": titles,
+        "notes": [NOTES[objective.name]],
+    }
 
 
 NOTES = {
