@@ -85,6 +85,14 @@ def test_a_missing_column_is_named(tmp_path):
         list(TextSource(str(file), None, "train").documents())
 
 
+@pytest.mark.parametrize("value", ["null", "7", '["a"]'])
+def test_a_value_that_is_no_text_is_named(value, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"text": "a"}}\n{{"text": {value}}}\n')
+    with pytest.raises(ValueError, match=r"file rows\.jsonl, line 2, column 'text': expected a text, got"):
+        list(TextSource(str(file), None, "train").documents())
+
+
 def test_a_hub_out_of_reach_is_said_with_what_works_without_it():
     source = TextSource(None, ("Salesforce/wikitext", "wikitext-2-raw-v1"), "test", streaming=True)
     with pytest.raises(ConnectionError, match=r"split test of Salesforce/wikitext \(wikitext-2-raw-v1\).*--train_file"):

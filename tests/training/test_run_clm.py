@@ -197,6 +197,7 @@ BAD_ARGUMENTS = [
     (TRAIN, {"seeds": "1;2"}, r"--seeds '1;2' must be whole numbers"),
     (TRAIN, {"output_dir": "{tmp}"}, r"--output_dir .* holds files but no checkpoint to go on from"),
     (TRAIN, {"num_train_epochs": 0, "max_steps": None}, r"--num_train_epochs 0\.0 must be more than 0; to evaluate"),
+    (TRAIN, {"seeds": "1,4294967296"}, r"--seeds 1,4294967296: each must be at most 4294967295"),
     (TRAIN, {"max_steps": 0}, r"--max_steps 0 must be at least 1"),
     (
         TRAIN,

@@ -1,5 +1,6 @@
 """The Trainer's arguments in our trainers: smoothing, what evaluation looks at, and values that are refused."""
 
+import multiprocessing
 from types import SimpleNamespace
 
 import numpy as np
@@ -194,6 +195,8 @@ def test_every_evaluation_sees_the_rows_that_it_was_given(options, tmp_path):
     assert seen == [[0] * 10, [1] * 3, [1] * 5, [0] * 6]
     assert len(logits_of(trainer.predict(Rows(7, 1)).predictions)) == 7
     assert args.dataloader_drop_last is options.get("dataloader_drop_last", False)
+    assert args.dataloader_persistent_workers is options.get("dataloader_persistent_workers", False)
+    assert not multiprocessing.active_children()  # no worker outlives its evaluation
 
 
 @pytest.mark.parametrize("options", [{}, {"eval_do_concat_batches": False}, {"eval_accumulation_steps": 1}])
@@ -252,6 +255,10 @@ def test_a_diverged_language_model_has_no_perplexity(tmp_path):
         ({"per_device_eval_batch_size": 0}, r"--per_device_eval_batch_size 0 must be at least 1"),
         ({"eval_accumulation_steps": 0}, r"--eval_accumulation_steps 0 must be at least 1"),
         ({"seed": -1}, r"--seed -1 must be at least 0"),
+        ({"seed": 2**32}, r"--seed 4294967296 must be at most 4294967295"),
+        ({"save_steps": 0}, r"--save_steps 0 must be more than 0; to have none, give the strategy no"),
+        ({"neftune_noise_alpha": -1.0}, r"--neftune_noise_alpha -1\.0 must be at least 0"),
+        ({"dataloader_num_workers": 1, "dataloader_prefetch_factor": 0}, r"--dataloader_prefetch_factor 0 must be at"),
         ({"dataloader_persistent_workers": True}, r"--dataloader_persistent_workers needs --dataloader_num_workers"),
         (
             {"prediction_loss_only": True},

@@ -39,7 +39,7 @@ from transformers import (
 from .checkpoints import is_whole_checkpoint, last_whole_checkpoint
 from .files import write_atomically
 from .losses import next_token_loss
-from .trainer_arguments import check_trainer_arguments
+from .trainer_arguments import LARGEST_SEED, check_trainer_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +180,8 @@ def check_run_arguments(args: RunArguments, training_args: TrainingArguments) ->
     if args.seeds is not None:
         if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
             raise ValueError(f"--seeds {args.seeds!r} must be whole numbers with commas between them, e.g. 1,2,3.")
+        if any(int(seed) > LARGEST_SEED for seed in args.seeds.split(",")):
+            raise ValueError(f"--seeds {args.seeds}: each must be at most {LARGEST_SEED}.")
         if len(set(args.seeds.split(","))) < len(args.seeds.split(",")):
             raise ValueError(f"--seeds {args.seeds} names a seed twice.")
         if training_args.resume_from_checkpoint:
@@ -480,13 +482,14 @@ class CardTrainer(Trainer):
         return self.get_test_dataloader(rows)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """A loader of all rows: `dataloader_drop_last` is for training."""
-        drops_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = False
+        """A loader of all rows, for one pass: `dataloader_drop_last` and persistent workers are for training."""
+        args = self.args
+        for_training = args.dataloader_drop_last, args.dataloader_persistent_workers
+        args.dataloader_drop_last = args.dataloader_persistent_workers = False
         try:
             return super().get_test_dataloader(test_dataset)
         finally:
-            self.args.dataloader_drop_last = drops_last
+            args.dataloader_drop_last, args.dataloader_persistent_workers = for_training
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; but with FSDP it writes the whole model also where checkpoints are sharded."""

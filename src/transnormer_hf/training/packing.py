@@ -69,11 +69,15 @@ class TextSource:
         for where, row in self._rows():
             if isinstance(row, BrokenRow):
                 raise ValueError(f"{self.describe()}, {where}: {row.reason}.")
-            text = row.get(self.text_column)
-            if not isinstance(text, str):
+            if self.text_column not in row:
                 raise ValueError(
                     f"{self.describe()}, {where}: no text in column {self.text_column!r}, found"
                     f" {', '.join(map(str, row))}; name it with --text_column."
+                )
+            text = row[self.text_column]
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{self.describe()}, {where}, column {self.text_column!r}: expected a text, got {text!r}."
                 )
             yield text
 

@@ -23,9 +23,12 @@ LEAST: dict[str, int] = {
     "gradient_accumulation_steps": 1,
     "eval_accumulation_steps": 1,
     "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": 1,
+    "neftune_noise_alpha": 0,
     "seed": 0,
     "data_seed": 0,
 }
+LARGEST_SEED = 2**32 - 1  # numpy's
 
 
 def check_trainer_arguments(args: TrainingArguments) -> None:
@@ -36,6 +39,13 @@ def check_trainer_arguments(args: TrainingArguments) -> None:
         value = getattr(args, name, None)
         if value is not None and value < least:
             raise ValueError(f"--{name} {value} must be at least {least}.")
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} {value} must be more than 0; to have none, give the strategy no.")
+    for name in ("seed", "data_seed"):
+        if (getattr(args, name) or 0) > LARGEST_SEED:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at most {LARGEST_SEED}.")
     if not 0 <= args.label_smoothing_factor < 1:
         raise ValueError(f"--label_smoothing_factor {args.label_smoothing_factor} must be at least 0 and less than 1.")
     if args.dataloader_persistent_workers and args.dataloader_num_workers < 1:
