@@ -711,6 +711,12 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        elif self.training and kwargs.get("num_items_in_batch") is not None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "The Trainer computes the loss of these logits by itself. If that is for label_smoothing_factor, it is"
+                " wrong: transformers shifts the labels only for the causal models that it knows by name. Use"
+                " transnormer_hf.training.fine_tuning.CardTrainer, or a compute_loss_func."
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -884,9 +890,6 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooli
 
 @auto_docstring
 class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
-    # The loss is a mean over the batch: the Trainer must not divide it again when it accumulates gradients.
-    accepts_loss_kwargs = False
-
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -917,7 +920,11 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
         logits = self.classifier(pooled)  # (batch, num_labels)
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            num_items = kwargs.get("num_items_in_batch")
+            if num_items is not None and self.config.problem_type != "single_label_classification":
+                # The other two losses of transformers are means over the micro-batch whatever is passed.
+                loss = loss * labels.numel() / num_items
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -925,8 +932,6 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
 
 @auto_docstring
 class TransNormerForTokenClassification(TransNormerPreTrainedModel):
-    accepts_loss_kwargs = False
-
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -957,7 +962,7 @@ class TransNormerForTokenClassification(TransNormerPreTrainedModel):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (batch, seq, num_labels)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config)
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -965,8 +970,6 @@ class TransNormerForTokenClassification(TransNormerPreTrainedModel):
 
 @auto_docstring
 class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
-    accepts_loss_kwargs = False
-
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
         self.model = TransNormerModel(config)
@@ -997,7 +1000,11 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
         start_logits, end_logits = (half.contiguous() for half in logits.unbind(-1))  # (batch, seq)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+            if self.training:
+                # The Trainer counts no items where there are two labels and averages its micro-batches: each row has
+                # the same weight, however many of a micro-batch have their answer outside of the text.
+                kwargs.setdefault("num_items_in_batch", start_positions.numel())
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,
@@ -1009,8 +1016,6 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
 
 @auto_docstring
 class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
-    accepts_loss_kwargs = False
-
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
         self.model = TransNormerModel(config)
@@ -1046,7 +1051,9 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
         logits = self.classifier(pooled).view(-1, num_choices)  # (batch, choices)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits, labels)
+            num_items = kwargs.get("num_items_in_batch")
+            loss = nn.functional.cross_entropy(logits, labels, reduction="mean" if num_items is None else "sum")
+            loss = loss if num_items is None else loss / num_items
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
