@@ -1,4 +1,4 @@
-"""What README.md and docs/*.md say: their Python runs as it stands, their links lead somewhere, their lines are there."""
+"""README.md and docs/*.md: their Python runs as it stands, and what they link to and name is there."""
 
 import os
 import re
