@@ -459,10 +459,10 @@ class TransNormerPositions(nn.Module):
             # row 1 is fairseq's row for padding: never used, there so that released tables fit
             self.embedding = nn.Embedding(config.max_position_embeddings + FIRST_POSITION, config.hidden_size, 1)
 
-    def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor, count_columns: bool) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor, max_length: int | None) -> torch.Tensor:
         """hidden_states (batch, seq, hidden_size) plus the embedding of positions, (seq,) or (batch, seq).
 
-        count_columns: True if the positions can be no more than the columns, so that the host need not look at them.
+        max_length: a number that no position reaches; None: the host looks for the largest, and waits for the device.
 
         Raises ValueError for positions that were not learned.
         """
@@ -470,13 +470,12 @@ class TransNormerPositions(nn.Module):
             return hidden_states
         positions = positions.clamp(min=0)
         if self.kind == "learned":
-            length = hidden_states.shape[1]
-            if not count_columns and not torch.compiler.is_compiling() and positions.numel():
-                length = int(positions.max()) + 1
-            if length > self.max_positions:
+            if max_length is None:
+                max_length = int(positions.max()) + 1 if positions.numel() and not torch.compiler.is_compiling() else 0
+            if max_length > self.max_positions:
                 raise ValueError(
-                    f"the input has {length} tokens and max_position_embeddings={self.max_positions} positions were "
-                    "learned; truncate the input, or use position_embedding='sinusoidal' or 'none'."
+                    f"the input has {max_length} tokens and max_position_embeddings={self.max_positions} positions "
+                    "were learned; truncate the input, or use position_embedding='sinusoidal' or 'none'."
                 )
             return hidden_states + self.embedding(positions + FIRST_POSITION)
         positions = positions + FIRST_POSITION
@@ -584,8 +583,12 @@ class TransNormerModel(TransNormerPreTrainedModel):
         positions = metadata.positions.view(inputs_embeds.shape[:2]) if is_packed else metadata.positions
         if position_ids is not None:
             positions = position_ids
-        count_columns = position_ids is None and not is_packed and isinstance(cache_lengths(cache), int)
-        hidden_states = self.embed_positions(inputs_embeds * self.embed_scale, positions, count_columns)
+        max_length: int | None = inputs_embeds.shape[1]
+        if is_packed and position_ids is None and positions.device.type != "cpu":
+            max_length = 0  # cu_seq_lens_q is there to spare the host a look
+        elif is_packed or position_ids is not None or not isinstance(cache_lengths(cache), int):
+            max_length = None
+        hidden_states = self.embed_positions(inputs_embeds * self.embed_scale, positions, max_length)
         hidden_states = self.dropout(self.embed_norm(hidden_states))
 
         if cache is None and use_cache and self.is_causal and not self.training and not is_packed:
