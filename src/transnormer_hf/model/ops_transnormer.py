@@ -2,8 +2,8 @@
 
 Each attention exists three times under one name: its definition (here, `"eager"`: quadratic, the truth for all tests),
 a fast path in plain torch (`chunked_transnormer.py`, `"torch"`: linear in length), and Triton kernels for a GPU
-(`triton_norm_transnormer.py` and the DiagAttention kernels, `"triton"`). `backend="auto"` takes the kernels for CUDA tensors where triton is installed
-and the fast path everywhere else.
+(`triton_norm_transnormer.py` and those of DiagAttention, `"triton"`). `backend="auto"` takes the kernels for CUDA
+tensors if triton is installed and they support the head_dim, and the fast path everywhere else.
 
 Shapes are (batch, heads, seq, head_dim) throughout. Sums and states are float32 whatever the inputs (float64 for
 float64 inputs), and outputs come back in the dtype of the inputs.
