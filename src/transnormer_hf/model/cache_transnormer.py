@@ -33,27 +33,11 @@ RETAINED_TOKENS = 64
 
 # What a saved state depends on: two models that differ here cannot continue each other's states.
 FINGERPRINT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "layer_types",
-    "block_size",
-    "feature_map",
-    "diag_activation",
-    "norm_type",
-    "attention_norm_type",
-    "norm_placement",
-    "embedding_norm",
-    "final_norm",
-    "position_embedding",
-    "scale_embedding",
-    "lrpe",
-    "feed_forward",
-    "hidden_act",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_types",
+    "block_size", "feature_map", "diag_activation", "norm_type", "attention_norm_type", "norm_placement",
+    "embedding_norm", "final_norm", "position_embedding", "scale_embedding", "lrpe", "feed_forward", "hidden_act",
     "hybrid_combination",
-)
+)  # fmt: skip
 
 
 class NewTokens(NamedTuple):
@@ -247,25 +231,21 @@ class Rollback(NamedTuple):
 
 
 class AttentionState:
-    """What one attention remembers: `tensors`, batch first, empty before the first token.
+    """What one attention remembers: `tensors`, batch first, empty before the first token. Subclasses `allocate` them,
+    and `write` new keys and values to them.
 
     history: keys and values that `crop` may take back, while it records. base: the tensors before them.
     is_saved: True if autograd may have saved the tensors: they are then replaced, not overwritten.
     """
+
+    allocate: Callable[..., None]
+    write: Callable[..., None]
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.is_saved = False
         self.history: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.base: dict[str, torch.Tensor] = {}
-
-    def allocate(
-        self, batch_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        raise NotImplementedError
-
-    def write(self, key: torch.Tensor, value: torch.Tensor, tokens: NewTokens) -> None:
-        raise NotImplementedError
 
     def append(
         self, key: torch.Tensor, value: torch.Tensor, tokens: NewTokens, new_state: torch.Tensor | None = None

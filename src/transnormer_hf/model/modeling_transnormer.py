@@ -136,8 +136,16 @@ class TransNormerLRPE(nn.Module):
 class TransNormerAttention(nn.Module):
     """Projections, one of the two attentions, its norm, and the output projection.
 
-    Subclasses say what happens between the projections: `attend` on (batch, heads, seq, head_dim).
+    What happens between the projections, subclasses say, on (batch, heads, seq, head_dim) query, key and value:
+    `attend`; `step`, the same for one token after those in the state, which takes it in before the query meets it;
+    `attention_map` (batch, heads, seq, seq), and `map_with_past` (batch, heads, seq, seen) of tokens that meet a state.
+    A map is None where an attention has none.
     """
+
+    attend: Callable[..., torch.Tensor]
+    step: Callable[..., torch.Tensor]
+    attention_map: Callable[..., torch.Tensor | None]
+    map_with_past: Callable[..., torch.Tensor | None]
 
     def __init__(self, config: TransNormerConfig, has_norm: bool, gain: float = 1.0):
         super().__init__()
@@ -200,45 +208,6 @@ class TransNormerAttention(nn.Module):
         batch_size = states.shape[0] if metadata.cu_seqlens is None else 1
         return states.view(batch_size, -1, self.num_heads, self.head_dim).transpose(1, 2)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        metadata: AttentionMetadata,
-        lrpe: LRPE | None,
-        state: StateUpdate | None,
-    ) -> torch.Tensor:
-        raise NotImplementedError
-
-    def step(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        metadata: AttentionMetadata,
-        lrpe: LRPE | None,
-        state: StateUpdate,
-    ) -> torch.Tensor:
-        """`attend` for one token after those in the state: the state takes it in, then the query meets the state."""
-        raise NotImplementedError
-
-    def attention_map(
-        self, query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata, lrpe: LRPE | None
-    ) -> torch.Tensor | None:
-        raise NotImplementedError
-
-    def map_with_past(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        metadata: AttentionMetadata,
-        lrpe: LRPE | None,
-        state: StateUpdate,
-    ) -> torch.Tensor | None:
-        """(batch, heads, seq, seen): the map of tokens that meet a state, or None: a sum of past keys has no map."""
-        return None
-
 
 class TransNormerNormAttention(TransNormerAttention):
     """NormAttention: Norm(phi(Q) (phi(K)^T V)), the norm over all heads together (Eqs. 13-14)."""
@@ -282,6 +251,9 @@ class TransNormerNormAttention(TransNormerAttention):
         if self.config.backend != "eager":  # no other backend ever forms this map
             return None
         return norm_attention_map(query, key, metadata=metadata, lrpe=lrpe, **self.options)[0]
+
+    def map_with_past(self, query, key, metadata, lrpe, state):
+        return None  # the state is a sum over past keys
 
 
 class TransNormerDiagAttention(TransNormerAttention):
