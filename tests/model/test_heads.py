@@ -277,6 +277,31 @@ class TestSequenceClassification:
         (tmp_path / "config.json").write_text(json.dumps(config | {"pooling": "first"}))
         assert TransNormerForSequenceClassification.from_pretrained(tmp_path).config.pooling == "last"
 
+    @pytest.mark.parametrize("pooling", ["first", "mean", "last"])
+    def test_a_traced_or_exported_classifier_takes_other_sizes(self, pooling):
+        model = make_model(TransNormerForSequenceClassification, pooling=pooling, position_embedding="sinusoidal")
+
+        class Logits(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self, input_ids, attention_mask):
+                return self.model(input_ids, attention_mask=attention_mask).logits
+
+        def inputs(batch_size, length):
+            mask = torch.ones(batch_size, length, dtype=torch.long)
+            mask[0, 3:] = 0
+            return torch.randint(3, 40, (batch_size, length)), mask
+
+        sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=2, max=512)}
+        exported = torch.export.export(Logits(), inputs(2, 9), dynamic_shapes=(sizes, sizes)).module()
+        traced = torch.jit.trace(Logits(), inputs(2, 9), check_trace=False)
+        for other in (inputs(5, 9), inputs(3, 31)):
+            torch.testing.assert_close(exported(*other), Logits()(*other))
+        other = inputs(5, 9)
+        torch.testing.assert_close(traced(*other), Logits()(*other))
+
     def test_pooling_an_empty_row_is_finite(self):
         hidden_states, mask = torch.randn(2, 4, 8), torch.tensor([[0, 0, 0, 0], [0, 1, 1, 0]])
         expected = {"first": hidden_states[1, 1], "last": hidden_states[1, 2], "mean": hidden_states[1, 1:3].mean(0)}

@@ -909,7 +909,7 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooli
         token = is_real.argmax(1)  # (batch,)
     else:
         token = is_real.shape[1] - 1 - is_real.flip(1).argmax(1)
-    return hidden_states.take_along_dim(token[:, None, None], 1).squeeze(1)
+    return hidden_states.gather(1, token[:, None, None].expand(-1, 1, hidden_states.shape[-1])).squeeze(1)
 
 
 @auto_docstring
