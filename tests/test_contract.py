@@ -55,7 +55,9 @@ def make_model(layers="diag, norm", variant="t2", seed=0, **fields):
         **fields,
     )
     model = TransNormerForCausalLM(config).eval()
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=1)
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=NEW, eos_token_id=VOCABULARY, pad_token_id=1
+    )
     return model
 
 
@@ -229,7 +231,7 @@ from transformers import AutoModelForCausalLM
 folder, prompt = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
 for _ in range(2):  # what is saved again loads again
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    tokens = model.generate(prompt, do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=1)
+    tokens = model.generate(prompt, do_sample=False, max_new_tokens=12, eos_token_id=61, pad_token_id=1)
     folder += "-again"
     model.save_pretrained(folder)
 assert "transnormer_hf" not in sys.modules

@@ -22,7 +22,7 @@ from transnormer_hf import TransNormerForCausalLM
 from transnormer_hf.hub import HubError, refresh_folder, refresh_repository
 from transnormer_hf.hub.remote_code import check_remote_code
 from transnormer_hf.hub.staging import shipped_code
-from transnormer_hf.model.configuration_transnormer import AUTO_MAP, CODE_VERSION
+from transnormer_hf.model.configuration_transnormer import AUTO_MAP, CODE_VERSION, without_former_defaults
 
 ROOT = Path(__file__).parents[2]
 # Before the package had rooms: 20 files, one of which is gone, and no version in config.json.
@@ -79,7 +79,7 @@ def assert_refreshed(before: dict[str, bytes], after: dict[str, bytes]) -> None:
     """This package's code and nothing else of it, a complete configuration, every other file as it was."""
     code = {path.name: path.read_bytes() for path in shipped_code()}
     assert {name: after[name] for name in after if name.endswith(".py")} == code
-    config = json.loads(before["config.json"])
+    config = without_former_defaults(json.loads(before["config.json"]))
     assert json.loads(after["config.json"]) == config | {"auto_map": AUTO_MAP, "transnormer_version": CODE_VERSION}
     rest = {name for name in before if not name.endswith(".py")} - {"config.json"}
     assert "model.safetensors" in rest

@@ -1,4 +1,4 @@
-"""The chunked attentions of `chunked_transnormer.py` against their definitions: values, states, gradients, masks,
+"""The chunked attentions of `ops_transnormer.py` against their definitions: values, states, gradients, masks,
 packing, dtypes, views, memory, and what torch.compile and torch.export make of them."""
 
 import importlib
@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transnormer_hf.model import chunked_transnormer, ops_transnormer, tiles_transnormer
+from transnormer_hf.model import ops_transnormer
 from transnormer_hf.model.ops_transnormer import diag_attention, norm_attention
 from transnormer_hf.model.reference_transnormer import attention_metadata
-from transnormer_hf.model.tiles_transnormer import must_align
 
 # Around the chunk of 64 and the tile of 512 tokens.
 LENGTHS = [1, 7, 63, 64, 65, 130, 300, 600]
@@ -144,17 +143,6 @@ def test_diag_attention_equals_its_definition(seq_len, kind, causal, activation,
     assert_all_close(*results)
 
 
-@pytest.mark.parametrize("block_size", [7, 64, 1000])
-def test_blocks_that_are_multiplied_where_they_lie_may_take_several_tiles_and_have_a_tail(monkeypatch, block_size):
-    monkeypatch.setattr(tiles_transnormer, "HEAD_TILE_SIZE", 128)
-    options = {"block_size": block_size, "causal": True, "activation": "relu"}
-    with patch.object(chunked_transnormer, "spans_of") as general_path:
-        query, key, value = (tensor.detach() for tensor in projections(2, 600))
-        output = diag_attention(query, key, value, **options, backend="torch")
-    assert not general_path.called
-    assert_all_close([output], [diag_attention(query, key, value, **options, backend="eager")])
-
-
 class _WatchReads(TorchDispatchMode):
     """Counts the values that the host asks a tensor for."""
 
@@ -169,38 +157,54 @@ class _WatchReads(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["whole", "masked", "continued"])
 @pytest.mark.parametrize("activation", ["softmax", "relu"])
 def test_off_the_cpu_positions_are_not_read_by_the_host(monkeypatch, activation, kind, causal):
-    """Which would make it wait for the device in every layer. The CPU plays the device here."""
+    """Which would make it wait for the device in every layer. The CPU plays the device here: it shifts every row."""
     batch_size, metadata, _, is_defined = metadata_of(kind, 130)
     inputs = [*projections(batch_size, 130), *rotation()]
     grad_output = torch.randn_like(inputs[0]) * is_defined[:, None, :, None]
-    results = []
-    for aligns in (False, True):
-        monkeypatch.setattr(chunked_transnormer, "must_align", lambda positions, cu_seqlens, aligns=aligns: aligns)
+
+    def attend(backend):
         torch.manual_seed(3)
-        refusal = patch.object(torch.Tensor, "tolist", side_effect=AssertionError) if aligns else nullcontext()
-        with refusal, _WatchReads() as watch:
-            output = diag_attention(
-                *inputs[:3],
-                block_size=16,
-                causal=causal,
-                activation=activation,
-                lrpe=tuple(inputs[3:]),
-                # the columns of a block that was begun earlier are numbered differently
-                dropout_p=0.0 if kind == "continued" else 0.25,
-                backend="torch",
-                metadata=metadata,
-            )
-            grads = torch.autograd.grad(output, inputs, grad_output)
-        assert not (aligns and watch.reads)
-        results.append([output * is_defined[:, None, :, None], *grads])
+        output = diag_attention(
+            *inputs[:3],
+            block_size=16,
+            causal=causal,
+            activation=activation,
+            lrpe=tuple(inputs[3:]),
+            dropout_p=0.25 if kind == "whole" and backend == "torch" else 0.0,
+            backend=backend,
+            metadata=metadata,
+        )
+        grads = torch.autograd.grad(output, inputs, grad_output)
+        return [output * is_defined[:, None, :, None], *grads]
+
+    expected = attend("torch" if kind == "whole" else "eager")  # which entries are dropped is the same if not shifted
+    monkeypatch.setattr(ops_transnormer, "begins_a_block", lambda positions, block_size: False)
+    with patch.object(torch.Tensor, "tolist", side_effect=AssertionError), _WatchReads() as watch:
+        found = attend("torch")
+    assert not watch.reads
+    assert_all_close(found, expected)
+
+
+def test_only_on_the_cpu_the_host_looks_at_the_positions():
+    begins_a_block = ops_transnormer.begins_a_block
+    assert begins_a_block(torch.arange(5), 4)
+    assert begins_a_block(torch.arange(8, 13), 4)
+    assert not begins_a_block(torch.arange(3, 8), 4)
+    assert not begins_a_block(torch.tensor([[0, 1], [-1, 0]]), 4)
+    assert not begins_a_block(torch.arange(5, device="meta"), 4)
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 16, 7], [15, 1, 0, 31]])
+def test_packed_sequences_may_go_on_in_the_middle_of_a_block(offsets):
+    cu_seqlens = torch.tensor([0, 5, 6, 50, 90])  # the first two end before their first block does
+    metadata = attention_metadata(1, 97, cu_seqlens.device, None, cu_seqlens, torch.tensor(offsets))
+    inputs = [*projections(1, 97), *rotation()]
+    results = []
+    for backend in ("torch", "eager"):
+        options = {"block_size": 16, "causal": True, "lrpe": tuple(inputs[3:]), "metadata": metadata}
+        output = diag_attention(*inputs[:3], **options, backend=backend)
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
     assert_all_close(*results)
-
-
-def test_only_off_the_cpu_rows_are_aligned():
-    positions = torch.arange(5)
-    assert not must_align(positions, None)
-    assert must_align(positions.to("meta"), None)
-    assert not must_align(positions.to("meta"), torch.tensor([0, 5]))
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 600])
@@ -297,6 +301,19 @@ def test_half_precision_is_computed_in_float32_and_rounded_at_the_end(causal, dt
     assert_all_close([diag_attention(query, key, value, **diag)], [diag_attention(*wide, **diag).to(dtype)])
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_gradients_are_the_same_under_a_dispatch_mode(causal):
+    """Such as a FLOP counter, under which the kernels see no lazy conjugation."""
+    inputs, results = [*projections(2, 70), *rotation()], []
+    for mode in (nullcontext(), _WatchReads()):
+        with mode:
+            options = {"causal": causal, "lrpe": tuple(inputs[3:]), "backend": "torch"}
+            output, _ = norm_attention(*inputs[:3], feature_map="elu", **options)
+            output = output + diag_attention(*inputs[:3], block_size=16, **options)
+            results.append(torch.autograd.grad(output.square().sum(), inputs))
+    assert_all_close(*results)
+
+
 def test_autocast_does_not_reach_into_the_sums():
     query, key, value = (tensor.detach().float() for tensor in projections(2, 130))
     query.requires_grad_()
@@ -345,6 +362,53 @@ def test_slices_of_one_merged_projection_are_taken_as_they_are():
         assert_all_close(*results)
 
 
+@pytest.mark.parametrize("seq_len", [1, 70, 600])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("backend", ["torch", "eager"])
+def test_a_state_may_be_overwritten_before_the_backward_pass(backend, causal, seq_len):
+    """As a cache does, in truncated back-propagation: every segment writes its state where the last one was."""
+    segments = [projections(2, seq_len) for _ in range(3)]
+    grad_output = torch.randn_like(segments[0][0])
+    results = []
+    for overwrites in (True, False):
+        state, losses = torch.zeros(2, HEADS, HEAD_DIM, HEAD_DIM, dtype=torch.float64), 0
+        for qkv in segments:
+            output, after = norm_attention(
+                *qkv, causal=causal, initial_state=state, return_state=True, backend=backend, feature_map="1+elu"
+            )
+            losses = losses + (output * grad_output).sum()
+            state = state.copy_(after.detach()) if overwrites else after.detach()
+        results.append(torch.autograd.grad(losses, [tensor for qkv in segments for tensor in qkv]))
+    assert_all_close(*results)
+
+
+def test_the_last_state_of_causal_attention_may_be_written_to_before_the_backward_pass():
+    query, key, value = projections(1, 200)
+    output, state = norm_attention(query, key, value, causal=True, return_state=True, backend="torch")
+    (expected,) = torch.autograd.grad(output.sum(), key, retain_graph=True)
+    state.detach().zero_()
+    assert_all_close(torch.autograd.grad(output.sum(), [key]), [expected])
+
+
+def test_the_backward_pass_writes_to_nothing_that_autograd_saved():
+    inputs = [*projections(1, 1200), torch.randn(1, HEADS, HEAD_DIM, HEAD_DIM, dtype=torch.float64).requires_grad_()]
+    saved = []
+
+    def pack(tensor):
+        saved.append((tensor, tensor.detach().clone()))
+        return tensor
+
+    for causal in (True, False):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output, state = norm_attention(
+                *inputs[:3], causal=causal, initial_state=inputs[3], return_state=True, backend="torch"
+            )
+        (output.square().sum() + state.square().sum()).backward()
+    assert len(saved) >= 10
+    for tensor, before in saved:
+        torch.testing.assert_close(tensor, before, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.slow
 def test_memory_of_a_training_step_is_linear_and_at_most_three_times_inputs_and_outputs():
     """The peak of a process of its own, on top of what a short sequence needs there."""
@@ -359,11 +423,13 @@ attentions = (
     lambda *qkv: norm_attention(*qkv, causal=False, **norm)[0],
     lambda *qkv: diag_attention(*qkv, block_size=64, causal=True, lrpe=lrpe, backend="torch"),
 )
+def train(attend, seq_len):  # a function, so that nothing of one attention lives on in the next
+    query, key, value = (torch.randn(1, seq_len, 4, 64).transpose(1, 2).requires_grad_() for _ in range(3))
+    output = attend(query, key, value)
+    output.backward(output.detach())
 for seq_len in (1024, 8192, 16384):
     for attend in attentions:
-        query, key, value = (torch.randn(1, seq_len, 4, 64).transpose(1, 2).requires_grad_() for _ in range(3))
-        output = attend(query, key, value)
-        output.backward(output.detach())
+        train(attend, seq_len)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
@@ -414,12 +480,12 @@ def test_operators_keep_the_rules_of_torch(causal):
     query, key, value = (tensor.detach().requires_grad_() for tensor in projections(2, 70))
     theta, householder = rotation()
     angles = (torch.arange(70)[:, None] * theta.detach())[None, None].requires_grad_()
-    mask = torch.ones(2, 70, dtype=torch.bool)
-    norm = (query, key, value, angles, householder, None, mask, None, causal, "elu", True, True)
-    torch.library.opcheck(chunked_transnormer.norm_attention_walk, norm, test_utils=OPCHECKS)
-    diag = (query, key, value, angles[0, 0, :16], householder, None, torch.arange(70), mask, None)
+    padding = (torch.arange(70) < torch.tensor([[0], [3]]))[:, None, :, None]
+    norm = (query, key, value, angles, householder, None, padding, None, causal, "elu", True, True)
+    torch.library.opcheck(ops_transnormer.chunked_norm_forward, norm, test_utils=OPCHECKS)
+    diag = (query, key, value, angles[0, 0, :16], householder, None, torch.arange(70), padding, None)
     diag = (*diag, 16, causal, "softmax", 0.5, 0.0)
-    torch.library.opcheck(chunked_transnormer.diag_attention_walk, diag, test_utils=OPCHECKS)
+    torch.library.opcheck(ops_transnormer.chunked_diag_forward, diag, test_utils=OPCHECKS)
 
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -435,12 +501,12 @@ def test_the_file_can_be_loaded_twice_in_one_process():
     package = importlib.util.module_from_spec(spec)
     sys.modules[name] = package
     try:
-        second = importlib.import_module(f"{name}.chunked_transnormer")
-        assert second.norm_attention_walk is not chunked_transnormer.norm_attention_walk
+        second = importlib.import_module(f"{name}.ops_transnormer")
+        assert second.chunked_norm_forward is not ops_transnormer.chunked_norm_forward
         query, key, value = projections(1, 70)
         arguments = (query, key, value, None, None, None, None, None, True, "elu", True, True)
-        for module in (second, chunked_transnormer):
-            output, *_ = module.norm_attention_walk(*arguments)
+        for module in (second, ops_transnormer):
+            output, *_ = module.chunked_norm_forward(*arguments)
             output.sum().backward()
     finally:
         for loaded in [module for module in sys.modules if module.startswith(name)]:

@@ -3,12 +3,15 @@
 import math
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 
 from transnormer_hf import diag_attention, norm_attention, simple_rms_norm
+from transnormer_hf.model import ops_transnormer
+from transnormer_hf.model.ops_transnormer import resolve_backend
 from transnormer_hf.model.reference_transnormer import attention_metadata
 
 BATCH, HEADS, SEQ, HEAD_DIM = 2, 2, 7, 4
@@ -382,6 +385,98 @@ class TestDiagAttention:
         )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [True, False])
+class TestEmptySequences:
+    def inputs(self):
+        return [torch.randn(2, 2, 0, 4, requires_grad=True) for _ in range(3)]
+
+    def test_norm_attention_returns_the_state_it_was_given_or_zeros(self, causal, backend):
+        initial_state = torch.randn(2, 2, 4, 4, requires_grad=True)
+        options = {"causal": causal, "return_state": True, "backend": backend, "feature_map": "elu", "lrpe": None}
+        output, state = norm_attention(*self.inputs(), **options, initial_state=initial_state)
+        assert output.shape == (2, 2, 0, 4)
+        assert torch.equal(state, initial_state)
+        (gradient,) = torch.autograd.grad(state.sum(), initial_state)
+        assert (gradient == 1).all()
+        _, state = norm_attention(*self.inputs(), **options, attention_mask=torch.ones(2, 0))
+        assert torch.equal(state, torch.zeros(2, 2, 4, 4))
+        packed = [tensor[:1] for tensor in self.inputs()]
+        _, state = norm_attention(*packed, **options, cu_seqlens=torch.tensor([0, 0, 0]))
+        assert torch.equal(state, torch.zeros(2, 2, 4, 4))
+
+    def test_diag_attention_returns_nothing(self, causal, backend):
+        output = diag_attention(*self.inputs(), block_size=4, causal=causal, backend=backend)
+        assert output.shape == (2, 2, 0, 4)
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wide", ["query", "key", "value"])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_mixed_dtypes_are_computed_in_the_widest(backend, wide, dtypes):
+    """No key is rounded to the dtype of a query; the output has the dtype of the value."""
+    narrow_dtype, wide_dtype = dtypes
+    inputs = {name: torch.randn(1, 2, 70, 8).to(narrow_dtype) for name in ("query", "key", "value")}
+    inputs[wide] = torch.randn(1, 2, 70, 8, dtype=wide_dtype)
+    widened = {name: tensor.to(wide_dtype) for name, tensor in inputs.items()}
+    for op in (
+        lambda **qkv: norm_attention(**qkv, causal=True, return_state=True, backend=backend),
+        lambda **qkv: (diag_attention(**qkv, block_size=16, causal=True, backend=backend),),
+    ):
+        found, expected = op(**inputs), op(**widened)
+        assert torch.equal(found[0], expected[0].to(inputs["value"].dtype))
+        assert all(map(torch.equal, found[1:], expected[1:]))
+
+
+class TestBackends:
+    """On a machine without a GPU: a tensor that says it is on one, and a stand-in for triton."""
+
+    @pytest.fixture
+    def cuda(self, monkeypatch):
+        monkeypatch.setattr(ops_transnormer, "triton", SimpleNamespace(__version__="3.6.0"))
+        monkeypatch.setattr(ops_transnormer, "TRITON_VERSION", (3, 6))
+        monkeypatch.setattr(ops_transnormer, "unsupported", lambda *tensors: None)
+        return SimpleNamespace(is_cuda=True)
+
+    def test_auto_is_triton_on_cuda_and_torch_elsewhere(self, cuda):
+        assert resolve_backend("auto", cuda, cuda, cuda) == "triton"
+        assert resolve_backend("auto", torch.zeros(1)) == "torch"
+        for backend in ("eager", "torch", "triton"):
+            assert resolve_backend(backend, cuda) == backend
+
+    def test_auto_is_torch_for_what_the_kernels_do_not_take(self, cuda, monkeypatch):
+        monkeypatch.setattr(ops_transnormer, "unsupported", lambda *tensors: "head_dim=192 is too wide.")
+        assert resolve_backend("auto", cuda, cuda, cuda) == "torch"
+        with pytest.raises(ValueError, match="head_dim=192 is too wide"):
+            resolve_backend("triton", cuda, cuda, cuda)
+
+    def test_without_triton(self, cuda, monkeypatch):
+        monkeypatch.setattr(ops_transnormer, "triton", None)
+        assert resolve_backend("auto", cuda) == "torch"
+        with pytest.raises(ValueError, match="needs the triton package, which is not installed"):
+            resolve_backend("triton", cuda)
+
+    def test_an_old_triton_is_named_once(self, cuda, monkeypatch):
+        monkeypatch.setattr(ops_transnormer, "triton", SimpleNamespace(__version__="3.5.1"))
+        monkeypatch.setattr(ops_transnormer, "TRITON_VERSION", (3, 5))
+        said = []
+        monkeypatch.setattr(ops_transnormer.logger, "warning_once", said.append)
+        assert resolve_backend("auto", cuda) == "torch"
+        assert len(said) == 1
+        assert said[0].startswith("triton 3.5.1 is too old for the kernels of TransNormer, which need 3.6;")
+        with pytest.raises(ValueError, match=r"triton 3\.5\.1 is too old"):
+            resolve_backend("triton", cuda)
+
+
+@pytest.mark.parametrize("device", ["meta", "vulkan", "cpu"])
+def test_devices_that_autocast_does_not_know_are_left_alone(device):
+    with ops_transnormer.without_autocast(torch.device(device)):
+        assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu"), ops_transnormer.without_autocast(torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_auto_on_a_cpu_is_torch(causal):
     inputs = [torch.randn(1, 2, 9, 4) for _ in range(3)]
@@ -479,6 +574,13 @@ WRONG = [
         "both",
         "metadata was given together with attention_mask or cu_seqlens",
     ),
+    (
+        {"metadata": attention_metadata(2, 5, torch.device("cpu"))},
+        "both",
+        "metadata has positions of shape (5,); these inputs need 6 columns",
+    ),
+    ({"key": states().long()}, "both", "key has dtype torch.int64; use float64, float32, float16 or bfloat16"),
+    ({"value": states().to("meta")}, "both", "value is on meta and query on cpu; move them to one device"),
     ({"lrpe": (torch.zeros(4), HOUSEHOLDER)}, "both", "lrpe has shapes (4,) and (4,); head_dim=4 needs theta (2,)"),
     ({"lrpe": (THETA, torch.zeros(2))}, "both", "and householder (4,)"),
     (

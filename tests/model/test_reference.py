@@ -1,6 +1,7 @@
-"""Feature maps, LRPE and token history_metadata, against formulas written out again here in plain Python."""
+"""Feature maps, LRPE and attention metadata, against formulas written out again here in plain Python."""
 
 import math
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_sums_are_float32_at_least():
     assert compute_dtype(torch.float64) == torch.float64
 
 
-class TestTokenLayout:
+class TestAttentionMetadata:
     def metadata(self, mask=None, **kwargs) -> AttentionMetadata:
         mask = None if mask is None else torch.tensor(mask)
         batch_size, seq_len = (1, kwargs.pop("seq_len")) if mask is None else mask.shape
@@ -185,6 +186,16 @@ class TestTokenLayout:
     def test_a_mask_of_another_shape_is_refused(self, shape):
         with pytest.raises(ValueError, match=r"attention_mask has shape .*supported is \(batch, seq\) = \(2, 4\)"):
             attention_metadata(2, 4, torch.device("cpu"), torch.ones(shape))
+
+    @pytest.mark.parametrize("offset", [0, 3, torch.tensor(3), torch.tensor([3, 0])], ids=str)
+    def test_nothing_is_copied_between_host_and_device(self, monkeypatch, offset):
+        # a number made a tensor on the device is such a copy, for which the host waits
+        for make in ("as_tensor", "tensor"):
+            monkeypatch.setattr(torch, make, Mock(side_effect=AssertionError))
+        mask = torch.ones(2, 4, dtype=torch.long)
+        with patch.object(torch.Tensor, "to", side_effect=AssertionError):
+            attention_metadata(2, 4, mask.device, mask, position_offset=offset)
+            attention_metadata(2, 4, mask.device, position_offset=offset)
 
     def test_nothing_is_read_back_from_the_device(self):
         # tensors on "meta" have no values: reading one raises

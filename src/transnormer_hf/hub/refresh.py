@@ -18,7 +18,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 
-from ..model.configuration_transnormer import AUTO_MAP, CODE_VERSION, TransNormerConfig
+from ..model.configuration_transnormer import AUTO_MAP, CODE_VERSION, TransNormerConfig, without_former_defaults
 from ..training.files import write_atomically
 from .push import HubError, check_target, explained, retry, tag_version
 from .remote_code import check_remote_code
@@ -141,7 +141,7 @@ def stage_refreshed(folder: Path, staging: Path) -> tuple[list[str], list[str]]:
             else:
                 (staging / path.name).symlink_to(path.resolve())
     written, removed = replace_code(staging)
-    refreshed = config | {
+    refreshed = without_former_defaults(config) | {
         "auto_map": {**config.get("auto_map", {}), **AUTO_MAP},
         "transnormer_version": CODE_VERSION,
     }

@@ -47,7 +47,14 @@ CHOICES = {
 LAYER_TYPES = ("chunked_attention", "linear_attention", "hybrid")
 
 # Fields that follow from others where they are not given.
-DERIVED_FIELDS = ("feature_map", "diag_activation", "attention_norm_type", "layer_types", "intermediate_size")
+DERIVED_FIELDS = (
+    "feature_map",
+    "diag_activation",
+    "attention_norm_type",
+    "layer_types",
+    "intermediate_size",
+    "pooling",
+)
 
 # One repository serves every head, whichever was saved last.
 AUTO_MAP = {
@@ -109,6 +116,7 @@ class TransNormerConfig(PreTrainedConfig):
         initializer_range: Standard deviation of "normal".
         is_causal: Whether a token sees earlier tokens only. `TransNormerForCausalLM` sets it.
         pooling: Token that represents a sequence for classification: "first", "last" or the "mean" of all real ones.
+            `None` is "first", or "last" for a causal model, whose first token sees nothing else.
         use_cache: Whether a causal model returns its state for generation.
         backend: "eager", "torch", "triton" or "auto" (see `ops_transnormer.py`).
         transnormer_version: Release of this package whose code was saved with the configuration; `save_pretrained` sets
@@ -151,7 +159,7 @@ class TransNormerConfig(PreTrainedConfig):
     initializer: str = "normal"
     initializer_range: float = 0.02
     is_causal: bool = False
-    pooling: str = "first"
+    pooling: str | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 1
@@ -167,6 +175,8 @@ class TransNormerConfig(PreTrainedConfig):
                     setattr(self, field, value)
         if self.attention_norm_type is None:
             self.attention_norm_type = self.norm_type
+        if self.pooling is None:
+            self.pooling = "last" if self.is_causal else "first"
         if self.layer_types is None:
             early = self.num_hidden_layers // 2
             self.layer_types = ["chunked_attention"] * early + ["linear_attention"] * (self.num_hidden_layers - early)
@@ -206,6 +216,10 @@ class TransNormerConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} with num_attention_heads={self.num_attention_heads} gives "
                 f"head_dim={self.head_dim}, and lrpe=True rotates pairs of channels: use an even head_dim, or "
                 "lrpe=False."
+            )
+        if self.is_causal and self.pooling == "first":
+            raise ValueError(
+                "pooling='first' with is_causal=True takes a token that sees nothing but itself; use 'last' or 'mean'."
             )
         if self.position_embedding == "sinusoidal" and (self.hidden_size % 2 or self.hidden_size < 4):
             raise ValueError(
@@ -256,6 +270,7 @@ class TransNormerConfig(PreTrainedConfig):
         somebody's choice: then their number is wrong, and it raises.
         """
         warn_of_older_code(config_dict, kwargs.get("name_or_path") or "this model")
+        config_dict = without_former_defaults(config_dict)
         overrides = {field: kwargs.pop(field) for field in TransNormerConfig.__annotations__ if field in kwargs}
         if overrides:
             given = {name: value for name, value in config_dict.items() if name not in DERIVED_FIELDS}
@@ -277,6 +292,14 @@ class TransNormerConfig(PreTrainedConfig):
             self.auto_map = dict(AUTO_MAP)
             self.transnormer_version = CODE_VERSION
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def without_former_defaults(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration as this version reads it: fields that an earlier one filled in by itself are left out."""
+    if "transnormer_version" not in config_dict and config_dict.get("is_causal"):
+        # Earlier versions wrote their default, "first", also for causal models.
+        return {name: value for name, value in config_dict.items() if (name, value) != ("pooling", "first")}
+    return config_dict
 
 
 def warn_of_older_code(config_dict: dict[str, Any], name: str) -> None:

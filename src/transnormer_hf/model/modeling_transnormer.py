@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -29,21 +29,13 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive
 from .configuration_transnormer import CACHE_NAME, TransNormerConfig
-from .ops_transnormer import (
-    diag_attention,
-    diag_attention_map,
-    norm_attention,
-    norm_attention_map,
-    resolve_backend,
-    simple_rms_norm,
-    triton_norm_attention_step,
-)
+from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm
 from .reference_transnormer import (
     LRPE,
     AttentionMetadata,
@@ -51,10 +43,14 @@ from .reference_transnormer import (
     apply_lrpe,
     attention_metadata,
     compute_dtype,
+    diag_attention_map,
+    norm_attention_map,
     prepare_query_key,
     rotation_table,
     zero_padding,
 )
+
+logger = logging.get_logger(__name__)
 
 # The released models count positions from 2 on, as fairseq does (padding index + 1, and padding is 1 there).
 FIRST_POSITION = 2
@@ -106,25 +102,34 @@ class TransNormerLRPE(nn.Module):
     theta: (head_dim / 2,) learned angles. householder: (head_dim,) a random unit vector that stays as it is. The
     released code has it as a parameter without gradient; from_pretrained would make such a parameter trainable, a
     buffer stays.
+
+    Both stay float32 in a model of half precision: theta is multiplied by the position, and so is its rounding.
     """
 
     householder: torch.Tensor
 
     def __init__(self, head_dim: int):
         super().__init__()
-        self.theta = nn.Parameter(torch.empty(head_dim // 2))
-        self.register_buffer("householder", torch.empty(head_dim))
+        self.theta = nn.Parameter(torch.empty(head_dim // 2, dtype=torch.float32))
+        self.register_buffer("householder", torch.empty(head_dim, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        """What `.half()`, `.bfloat16()` and `.to()` end in; there is no public hook."""
+
+        def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            is_rounded = result.is_floating_point() and result.itemsize < tensor.itemsize
+            return tensor.to(result.device) if is_rounded else result
+
+        return super()._apply(keep_precision, *args, **kwargs)
 
     def forward(self) -> LRPE:
+        if self.theta.itemsize < 4:
+            logger.warning_once(
+                f"LRPE's theta is {self.theta.dtype} here: its rounding grows with the position, and long texts come "
+                "out wrong. Leave modules named 'lrpe' out of mixed precision (FSDP: fsdp_ignored_modules='.*lrpe')."
+            )
         return LRPE(self.theta, self.householder)
-
-
-class TransNormerProjection(nn.Linear):
-    """A projection of an attention; `gain` is that of its Xavier initialisation in the released decoder."""
-
-    def __init__(self, config: TransNormerConfig, gain: float):
-        super().__init__(config.hidden_size, config.hidden_size)
-        self.gain = gain
 
 
 class TransNormerAttention(nn.Module):
@@ -137,10 +142,12 @@ class TransNormerAttention(nn.Module):
         super().__init__()
         self.config = config
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.q_proj = TransNormerProjection(config, gain)
-        self.k_proj = TransNormerProjection(config, gain)
-        self.v_proj = TransNormerProjection(config, gain)
-        self.out_proj = TransNormerProjection(config, gain=1.0)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
+        )
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            projection.xavier_gain = gain  # type: ignore[assignment]  # read by `_init_weights`
+        self.out_proj.xavier_gain = 1.0  # type: ignore[assignment]
         self.lrpe = TransNormerLRPE(self.head_dim) if config.lrpe else None
         self.norm = make_norm(config.attention_norm_type if has_norm else "none", config)
 
@@ -240,12 +247,6 @@ class TransNormerNormAttention(TransNormerAttention):
         return output
 
     def step(self, query, key, value, metadata, lrpe, state):
-        is_plain = torch.is_grad_enabled() or state.tokens.is_recorded
-        if not is_plain and resolve_backend(self.config.backend, query) == "triton":
-            past, feature_map = state.state.tensors["state"], self.config.feature_map
-            return triton_norm_attention_step(
-                query, key, value, past, metadata=metadata, feature_map=feature_map, lrpe=lrpe
-            )
         query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, 1, head_dim)
         query_key = apply_feature_map(query_key, self.config.feature_map)
         if lrpe is not None:
@@ -442,6 +443,7 @@ class TransNormerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransNormerLayer"]
     _skip_keys_device_placement = [CACHE_NAME]
+    _keep_in_fp32_modules_strict = ["lrpe"]
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": TransNormerLayer,
@@ -473,8 +475,8 @@ class TransNormerPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=module.embedding_dim**-0.5)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, TransNormerProjection):
-            init.xavier_uniform_(module.weight, gain=module.gain)
+        elif hasattr(module, "xavier_gain"):
+            init.xavier_uniform_(module.weight, gain=module.xavier_gain)
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=5**0.5)
 
@@ -484,7 +486,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
         self.is_causal = config.is_causal  # of the layers; what forward is given as is_causal must agree
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_index(config))
         self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
         self.embed_positions = TransNormerPositions(config)
         self.embed_norm = make_norm(config.embedding_norm, config)
@@ -577,6 +579,13 @@ class TransNormerModel(TransNormerPreTrainedModel):
         return attention_metadata(batch_size, seq_len, inputs_embeds.device, attention_mask, position_offset=offset)
 
 
+def padding_index(config: TransNormerConfig) -> int | None:
+    """The token whose embedding is zero and never learned: padding, unless it begins or ends texts as well."""
+    eos = config.eos_token_id
+    others = [config.bos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    return None if config.pad_token_id in others else config.pad_token_id
+
+
 class CacheError(ValueError, RuntimeError):
     """The state of earlier tokens is missing or came by an unknown way. Going on would compute something else."""
 
@@ -646,7 +655,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
     def __init__(self, config: TransNormerConfig):
         if not config.is_causal:  # a causal model on a bidirectional encoder would see what it predicts
             config = copy.deepcopy(config)
-            config.is_causal = True
+            config.is_causal, config.pooling = True, "last"
         super().__init__(config)
         self.model = TransNormerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -713,14 +722,22 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None:
             return
-        adopt_cache(cache, self.config)
-        if not was_given:  # what `generate` returns can then be saved
-            layers, cache = cache.layers, TransNormerCache(self.config)
-            cache.layers = layers
+        is_assisted = GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values())
+        must_record = (generation_config.is_assistant or is_assisted) and not hasattr(Cache, "activate_past_recording")
+        if was_given:
+            adopt_cache(cache, self.config)
+        else:  # a TransNormerCache, so that what `generate` returns can be saved
+            must_record = must_record or any(getattr(layer, "record_past", False) for layer in cache.layers)
+            cache = TransNormerCache(self.config, is_compileable=isinstance(cache, StaticCache))
             model_kwargs[CACHE_NAME] = cache
-        is_assisted = generation_config.is_assistant or GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values())
-        if is_assisted and not hasattr(Cache, "activate_past_recording"):
-            cache.activate_past_recording()
+        if must_record:
+            for layer in cache.layers:
+                layer.activate_past_recording()
+        if was_given and generation_config.is_assistant:  # transformers 5.15 crops the assistant's cache too little
+            mask, length = model_kwargs.get("attention_mask"), getattr(generation_config, "_mask_length", None)
+            length = length if mask is None else mask.shape[1]
+            if length is not None and cache.get_seq_length() >= length:
+                cache.crop(length - 1 - cache.get_seq_length())
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads its signature
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -844,10 +861,10 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooli
         total = (hidden_states * is_real[..., None]).sum(1)
         return total / is_real.sum(1, keepdim=True).clamp(min=1)
     if pooling == "first":
-        token = is_real.argmax(1)
+        token = is_real.argmax(1)  # (batch,)
     else:
         token = is_real.shape[1] - 1 - is_real.flip(1).argmax(1)
-    return hidden_states[torch.arange(len(token), device=token.device), token]
+    return hidden_states.take_along_dim(token[:, None, None], 1).squeeze(1)
 
 
 @auto_docstring

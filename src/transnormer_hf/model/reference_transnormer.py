@@ -1,9 +1,11 @@
-"""What happens to queries and keys before they meet: feature maps, LRPE, and where each token stands.
+"""The definitions of TransNormer ("The Devil in Linear Transformer", EMNLP 2022), in plain torch. Read this file first.
 
-Both attentions of TransNormer rotate their queries and keys, and NormAttention maps them first. The functions here are
-the one definition of these steps; the eager, the chunked and the Triton forms of the attentions all follow them.
+In order: the feature maps and LRPE that queries and keys go through, the positions and padding of a batch, the two
+attentions and SimpleRMSNorm. The attentions here form whole (seq, seq) maps: they are quadratic in length, and every
+faster form, in torch or in Triton, must equal them. `ops_transnormer.py` chooses between the forms.
 
-A token's *position* is counted from the first real token of its sequence, so padding on the left moves nothing.
+Shapes are (batch, heads, seq, head_dim) throughout. Sums and states are float32 whatever the inputs (float64 for
+float64 inputs), and outputs have the dtype of `value`.
 """
 
 import re
@@ -15,33 +17,19 @@ import torch.nn.functional as F
 FEATURE_MAPS = ("identity", "elu", "1+elu")
 
 
-def operator_namespace(module: str) -> str:
-    """A namespace of torch.ops for this module's package.
-
-    The installed package and a copy of these files that a model repository brought along each get one of their own, and
-    so do two revisions of such a repository.
-    """
-    return re.sub(r"\W", "_", module.rpartition(".")[0] or module)
-
-
-class LRPE(NamedTuple):
-    """Parameters of the learned relative position encoding of one attention layer.
-
-    theta: (head_dim / 2,) rotation angle per position and pair of channels, learned.
-    householder: (head_dim,) unit vector v of the reflection I - 2 v v^T, frozen.
-    """
-
-    theta: torch.Tensor
-    householder: torch.Tensor
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which an attention accumulates: float32, or float64 where the inputs are float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
+# What queries and keys go through
+
+
 def apply_feature_map(hidden_states: torch.Tensor, feature_map: str) -> torch.Tensor:
-    """phi of NormAttention, elementwise: `"elu"` in T1 (it may be negative), `"1+elu"` in T2 (positive)."""
+    """phi of NormAttention, elementwise: `"elu"` in T1 (it may be negative), `"1+elu"` in T2 (positive).
+
+    Raises ValueError for an unknown feature_map.
+    """
     if feature_map == "identity":
         return hidden_states
     if feature_map == "elu":
@@ -51,10 +39,39 @@ def apply_feature_map(hidden_states: torch.Tensor, feature_map: str) -> torch.Te
     raise ValueError(f"feature_map={feature_map!r} is not known; choose one of {', '.join(map(repr, FEATURE_MAPS))}.")
 
 
+class LRPE(NamedTuple):
+    """Parameters of the learned relative position encoding of one attention layer.
+
+    theta: (head_dim / 2,) rotation angle per position for each pair of channels, learned.
+    householder: (head_dim,) unit vector v of the reflection I - 2 v v^T, frozen.
+    """
+
+    theta: torch.Tensor
+    householder: torch.Tensor
+
+
+def apply_lrpe(hidden_states: torch.Tensor, positions: torch.Tensor, lrpe: LRPE) -> torch.Tensor:
+    """Reflect, then rotate: x at position t becomes R_t(theta) (I - 2 v v^T) x.
+
+    The rotation acts on the channel pairs (0, 1), (2, 3), ...: (a, b) -> (a cos - b sin, a sin + b cos). The score of
+    two vectors encoded this way depends only on the distance between their positions; at distance 0 it is the plain
+    dot product.
+
+    hidden_states: (batch, heads, seq, head_dim); positions: (seq,) or (batch, seq). Returns hidden_states' shape.
+    """
+    theta, householder = (parameter.to(hidden_states.dtype) for parameter in lrpe)
+    hidden_states = hidden_states - 2 * (hidden_states @ householder)[..., None] * householder
+    cos, sin = rotation_table(positions, theta)  # (seq, head_dim / 2) or (batch, seq, head_dim / 2)
+    if positions.dim() == 2:
+        cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, head_dim / 2)
+    even, odd = hidden_states[..., 0::2], hidden_states[..., 1::2]  # (batch, heads, seq, head_dim / 2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
 def rotation_table(positions: torch.Tensor, theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of `positions · theta`, in the dtype of `theta`.
 
-    positions: any shape of integers; theta: (head_dim / 2,). Returns two tensors (*positions.shape, head_dim / 2).
+    positions: integers of any shape; theta: (head_dim / 2,). Returns two tensors (*positions.shape, head_dim / 2).
     """
     angles = rotation_angles(positions, theta)
     return angles.cos(), angles.sin()
@@ -63,7 +80,7 @@ def rotation_table(positions: torch.Tensor, theta: torch.Tensor) -> tuple[torch.
 def rotation_angles(positions: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     """`positions · theta` modulo one turn: (*positions.shape, head_dim / 2) in the dtype of `theta`.
 
-    The reduction is done in float64: the product alone, rounded to float32, would be off by 0.008 rad at position
+    The reduction is done in float64: the bare product, rounded to float32, would be off by 0.008 rad at position
     131,072. (MPS has no float64; there the product is float32.)
     """
     wide = torch.float32 if theta.device.type == "mps" else torch.float64
@@ -71,31 +88,17 @@ def rotation_angles(positions: torch.Tensor, theta: torch.Tensor) -> torch.Tenso
     return ((turns - turns.detach().floor()) * (2 * torch.pi)).to(theta.dtype)
 
 
-def apply_lrpe(hidden_states: torch.Tensor, positions: torch.Tensor, lrpe: LRPE) -> torch.Tensor:
-    """Reflect, then rotate: x at position t becomes R_t(theta) (I - 2 v v^T) x.
-
-    The rotation turns the channel pairs (0, 1), (2, 3), ...: (a, b) -> (a cos - b sin, a sin + b cos). Scores of two
-    vectors treated so depend on the distance of their positions only; at distance 0 they are the plain dot product.
-
-    hidden_states: (batch, heads, seq, head_dim); positions: (seq,) or (batch, seq). Returns hidden_states' shape.
-    """
-    theta, householder = (parameter.to(hidden_states.dtype) for parameter in lrpe)
-    hidden_states = hidden_states - 2 * (hidden_states @ householder)[..., None] * householder
-    cos, sin = rotation_table(positions, theta)  # (seq, head_dim / 2) or (batch, seq, head_dim / 2)
-    if positions.dim() == 2:
-        cos, sin = cos[:, None], sin[:, None]
-    even, odd = hidden_states[..., 0::2], hidden_states[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+# Positions, padding and packing
 
 
 class AttentionMetadata(NamedTuple):
     """Where the tokens of a batch stand. A model makes it once per forward, for all of its layers.
 
-    positions: (seq,) or (batch, seq) integers, counted from each sequence's first real token. A padding token in
-        front of it has a negative position.
-    is_real: None where all tokens are, else (batch, seq) bool.
-    sequence_ids: None, or (seq,) integers that tell packed sequences apart.
-    cu_seqlens: None, or the (num_sequences + 1,) boundaries of the packed sequences.
+    positions: (seq,) or (batch, seq) integers, counted from the first real token of each sequence, so that padding on
+        the left moves nothing: padding tokens in front have negative positions.
+    is_real: (batch, seq) bool, False for padding; None where every token is real.
+    sequence_ids: (seq,) integers that tell packed sequences apart; None where nothing is packed.
+    cu_seqlens: (num_sequences + 1,) boundaries of the packed sequences, or None.
     """
 
     positions: torch.Tensor
@@ -112,15 +115,15 @@ def attention_metadata(
     cu_seqlens: torch.Tensor | None = None,
     position_offset: int | torch.Tensor = 0,
 ) -> AttentionMetadata:
-    """Positions, sequences and padding of a batch, worked out on the device without looking at a value from the host.
+    """The metadata of a batch, computed on the device: the host reads no value and never waits.
 
-    attention_mask: (batch, seq), 1 for real tokens. A zero in front of the first real token of a row moves the row's
-        start; any later zero keeps its place but is no key.
+    attention_mask: (batch, seq), 1 for real tokens. Zeros in front of the first real token of a row move the start of
+        the row; any later zero keeps its position but is no key.
     cu_seqlens: (num_sequences + 1,) boundaries of the sequences packed into the one row of the batch.
-    position_offset: positions already taken by earlier tokens, which the attention has in its state: a number, or
-        (batch,), or (num_sequences,) with `cu_seqlens`. A row with an offset has started: its zeros keep their place.
+    position_offset: number of positions taken by earlier tokens, which the state of the attention holds: a number, or
+        (batch,), or (num_sequences,) with `cu_seqlens`. A row with an offset has begun: its zeros keep their position.
 
-    Raises ValueError where the shapes do not fit or where both descriptions are given.
+    Raises ValueError where shapes do not fit, or where both attention_mask and cu_seqlens are given.
     """
     columns = torch.arange(seq_len, device=device)
     if cu_seqlens is not None:
@@ -134,7 +137,7 @@ def attention_metadata(
         sequence_ids = torch.searchsorted(cu_seqlens.long(), columns, right=True) - 1
         positions = columns - cu_seqlens.long()[sequence_ids]
         if isinstance(position_offset, torch.Tensor) and position_offset.dim() == 1:
-            # Columns past the last boundary form a sequence of their own, which no offset belongs to.
+            # Columns past the last boundary form a sequence of their own, which has no offset.
             position_offset = F.pad(position_offset, (0, 1))[sequence_ids]
         return AttentionMetadata(positions + position_offset, None, sequence_ids, cu_seqlens)
 
@@ -151,13 +154,67 @@ def attention_metadata(
         )
     is_real = attention_mask.bool()
     leading = count_leading_padding(is_real)[:, None]  # (batch, 1)
-    leading = leading * (torch.as_tensor(offset, device=device) == 0)
-    return AttentionMetadata(columns - leading + offset, is_real)
+    # multiplied, not chosen by `if`: an offset on the device must not be read by the host
+    return AttentionMetadata(columns - leading * (offset == 0) + offset, is_real)
 
 
 def count_leading_padding(is_real: torch.Tensor) -> torch.Tensor:
-    """Number of tokens in front of each row's first real one, the whole length for a row of padding: (batch,)."""
+    """Number of tokens in front of each row's first real one; the whole length for a row of padding. (batch,)"""
     return (is_real.cumsum(-1) == 0).sum(-1)
+
+
+def check_inputs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lrpe: LRPE | tuple[torch.Tensor, torch.Tensor] | None,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    metadata: AttentionMetadata | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LRPE | None, AttentionMetadata]:
+    """The inputs of an attention in their widest dtype, and their metadata: the one check that all backends rely on.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit together.
+    """
+    shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
+    if len(shapes[0]) != 4 or shapes[0] != shapes[1] or shapes[0][:3] != shapes[2][:3] or len(shapes[2]) != 4:
+        raise ValueError(
+            f"query, key, value have shapes {shapes[0]}, {shapes[1]}, {shapes[2]}; all three are "
+            "(batch, heads, seq, head_dim)."
+        )
+    batch_size, _, seq_len, head_dim = query.shape
+    dtype = query.dtype
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device} and query on {query.device}; move them to one device.")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; use float64, float32, float16 or bfloat16.")
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    if metadata is None:
+        metadata = attention_metadata(batch_size, seq_len, query.device, attention_mask, cu_seqlens)
+    elif attention_mask is not None or cu_seqlens is not None:
+        raise ValueError("metadata was given together with attention_mask or cu_seqlens, which it replaces; give one.")
+    elif metadata.positions.shape[-1] != seq_len:
+        raise ValueError(
+            f"metadata has positions of shape {tuple(metadata.positions.shape)}; these inputs need {seq_len} columns."
+        )
+    if lrpe is not None:
+        lrpe = LRPE(*lrpe)
+        if head_dim % 2:
+            raise ValueError(
+                f"lrpe rotates pairs of channels and head_dim={head_dim} is odd; use an even one or lrpe=None."
+            )
+        if lrpe.theta.shape != (head_dim // 2,) or lrpe.householder.shape != (head_dim,):
+            raise ValueError(
+                f"lrpe has shapes {tuple(lrpe.theta.shape)} and {tuple(lrpe.householder.shape)}; head_dim={head_dim} "
+                f"needs theta ({head_dim // 2},) and householder ({head_dim},)."
+            )
+    return query.to(dtype), key.to(dtype), value.to(dtype), lrpe, metadata
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
 
 
 def prepare_query_key(
@@ -165,7 +222,7 @@ def prepare_query_key(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """phi, then LRPE, then the mask: the query and key of NormAttention, (batch, heads, seq, head_dim) each.
 
-    Padding keys are set to zero last of all, because 1 + elu(0) is 1.
+    Padding keys become zero last, because 1 + elu(0) is 1.
     """
     query, key = apply_feature_map(query, feature_map), apply_feature_map(key, feature_map)
     if lrpe is not None:
@@ -174,7 +231,178 @@ def prepare_query_key(
 
 
 def zero_padding(hidden_states: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-    """Zeros in place of padding tokens; (batch, heads, seq, head_dim) to the same."""
+    """Replaces padding tokens by zeros; (batch, heads, seq, head_dim) to the same."""
     if metadata.is_real is None:
         return hidden_states
     return hidden_states.masked_fill(~metadata.is_real[:, None, :, None], 0)
+
+
+def keys_after_query(seq_len: int, device: torch.device) -> torch.Tensor:
+    """(seq, seq) bool, True where the key comes after the query."""
+    return torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).triu(1)
+
+
+# NormAttention
+
+
+def eager_norm_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    metadata: AttentionMetadata,
+    causal: bool,
+    feature_map: str,
+    lrpe: LRPE | None,
+    initial_state: torch.Tensor | None,
+    return_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """NormAttention before its norm, O = phi(Q) (phi(K)^T V), without a denominator (Eqs. 13-14 of the paper).
+
+    Computed as (phi(Q) phi(K)^T) V, with a mask on the scores if causal. LRPE follows phi. The state is phi(K)^T V.
+
+    query, key: (batch, heads, seq, head_dim); value: (batch, heads, seq, value_dim). initial_state and the state that
+    is returned: (batch or num_sequences, heads, head_dim, value_dim).
+    """
+    wide = compute_dtype(query.dtype)
+    scores, query_states, key_states = norm_attention_map(
+        query, key, metadata=metadata, causal=causal, feature_map=feature_map, lrpe=lrpe
+    )
+    value_states = zero_padding(value.to(wide), metadata)
+    output = scores @ value_states  # (batch, heads, seq, value_dim)
+
+    if metadata.sequence_ids is None:
+        state = key_states.mT @ value_states  # (batch, heads, head_dim, value_dim)
+        if initial_state is not None:
+            output = output + query_states @ initial_state.to(wide)
+    else:
+        sequences = torch.arange(metadata.cu_seqlens.shape[0] - 1, device=query.device)
+        belongs = (metadata.sequence_ids == sequences[:, None]).to(wide)[:, None, :, None]  # (sequences, 1, seq, 1)
+        state = (key_states * belongs).mT @ value_states  # (sequences, heads, head_dim, value_dim)
+        if initial_state is not None:
+            output = output + (belongs * (query_states @ initial_state.to(wide))).sum(0, keepdim=True)
+    if initial_state is not None:
+        state = state + initial_state.to(wide)
+    return output.to(value.dtype), state
+
+
+def norm_attention_map(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    metadata: AttentionMetadata,
+    causal: bool,
+    feature_map: str,
+    lrpe: LRPE | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The unnormalised map phi(Q) phi(K)^T, (batch, heads, seq, seq), one row per query; and the Q and K it is made of.
+
+    Scores may be negative even for a positive phi, because the rotation of LRPE comes after it.
+    """
+    wide = compute_dtype(query.dtype)
+    query_states, key_states = prepare_query_key(query.to(wide), key.to(wide), metadata, feature_map, lrpe)
+    scores = query_states @ key_states.mT  # (batch, heads, seq, seq)
+    if causal:
+        scores = scores.masked_fill(keys_after_query(query.shape[2], query.device), 0)
+    if metadata.sequence_ids is not None:
+        scores = scores.masked_fill(metadata.sequence_ids[:, None] != metadata.sequence_ids, 0)
+    return scores, query_states, key_states
+
+
+# DiagAttention
+
+
+def eager_diag_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    metadata: AttentionMetadata,
+    block_size: int,
+    causal: bool,
+    activation: str,
+    scale: float,
+    lrpe: LRPE | None,
+    dropout_p: float,
+) -> torch.Tensor:
+    """DiagAttention, O_b = softmax(scale Q_b K_b^T) V_b in each block b of `block_size` tokens (T2), or with relu (T1).
+
+    A (seq, seq) map that is zero outside of the blocks, times the values: (batch, heads, seq, value_dim).
+    """
+    weights = diag_attention_map(
+        query,
+        key,
+        metadata=metadata,
+        block_size=block_size,
+        causal=causal,
+        activation=activation,
+        scale=scale,
+        lrpe=lrpe,
+    )
+    weights = F.dropout(weights, dropout_p)
+    value_states = zero_padding(value.to(weights.dtype), metadata)
+    return (weights @ value_states).to(value.dtype)
+
+
+def diag_attention_map(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    metadata: AttentionMetadata,
+    block_size: int,
+    causal: bool,
+    activation: str,
+    scale: float,
+    lrpe: LRPE | None,
+) -> torch.Tensor:
+    """The map of DiagAttention, (batch, heads, seq, seq): zero outside of the blocks on the diagonal.
+
+    The positions of LRPE restart in every block. A query that sees no real key has a row of zeros.
+    """
+    wide = compute_dtype(query.dtype)
+    query_states, key_states = query.to(wide) * scale, key.to(wide)
+    if lrpe is not None:
+        within_block = metadata.positions % block_size  # (seq,) or (batch, seq)
+        query_states = apply_lrpe(query_states, within_block, lrpe)
+        key_states = apply_lrpe(key_states, within_block, lrpe)
+    scores = query_states @ key_states.mT  # (batch, heads, seq, seq)
+
+    blocks = metadata.positions.div(block_size, rounding_mode="floor")  # (seq,) or (batch, seq)
+    hidden = blocks[..., :, None] != blocks[..., None, :]  # (seq, seq) or (batch, seq, seq)
+    if metadata.sequence_ids is not None:
+        hidden = hidden | (metadata.sequence_ids[:, None] != metadata.sequence_ids)
+    if metadata.is_real is not None:
+        hidden = hidden | ~metadata.is_real[:, None, :]
+    if causal:
+        hidden = hidden | keys_after_query(query.shape[2], query.device)
+    if hidden.dim() == 3:
+        hidden = hidden[:, None]  # (batch, 1, seq, seq)
+    if activation == "relu":
+        return scores.relu().masked_fill(hidden, 0)
+    # The lowest finite number and not -inf: a row without any key must become zeros and not NaN.
+    weights = scores.masked_fill(hidden, torch.finfo(wide).min).softmax(-1)
+    return weights.masked_fill(hidden, 0)
+
+
+# SimpleRMSNorm
+
+
+def eager_simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
+    """SimpleRMSNorm, x / (rms(x) + eps) over the last dimension, without weights; shape and dtype of hidden_states.
+
+    This is the released code's form; the paper's algebra (Eq. 14) has eps inside the root, x / sqrt(rms(x)^2 + eps).
+    Computed in float32 at least: in float16 an eps of 1e-8 would be zero and a row of zeros would become NaN.
+    """
+    wide = hidden_states.to(compute_dtype(hidden_states.dtype))
+    # vector_norm has gradient 0 at the origin, where sqrt(mean(x^2)) has none
+    rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * wide.shape[-1] ** -0.5
+    return (wide / (rms + eps)).to(hidden_states.dtype)
+
+
+def operator_namespace(module: str) -> str:
+    """The namespace in torch.ops for the operators of this module's package.
+
+    The installed package and the copy of these files in a model repository each get their own, and so do two revisions
+    of one repository: all of them may be loaded in one process.
+    """
+    return re.sub(r"\W", "_", module.rpartition(".")[0] or module)

@@ -287,3 +287,14 @@ def compile_arguments(spec: KernelSpec, variant: KernelVariant) -> CompileArgume
         if signature[name].startswith("*") or ("stride" in name and name not in unknown):
             attrs[(index,)] = [["tt.divisibility", 16]]
     return CompileArguments(signature, dict(variant.constexprs), attrs)
+
+
+def unsupported(*tensors: torch.Tensor) -> str | None:
+    """Why the kernels do not take these tensors (query, key and value, or the input of a norm); None where they do."""
+    try:
+        check_inputs(*(tensors if len(tensors) == 3 else [tensors[0].new_empty(0, 8)] * 3))
+    except ValueError as error:
+        return str(error)
+    if max(tensor.shape[-1] for tensor in tensors) > (128 if len(tensors) == 3 else 16384):
+        return f'The last dimension is {tensors[0].shape[-1]}, too wide for the Triton kernels. Use backend="torch".'
+    return None

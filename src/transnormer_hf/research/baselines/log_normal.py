@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ...model.configuration_transnormer import TransNormerConfig
-from ...model.ops_transnormer import diag_attention, diag_attention_map
-from ...model.reference_transnormer import AttentionMetadata
+from ...model.ops_transnormer import diag_attention
+from ...model.reference_transnormer import AttentionMetadata, diag_attention_map
 from .mixer import ExponentialMixer, Mixer, register_mixer
 
 # a and b of the authors' code, for their head dim of 64.
