@@ -31,6 +31,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from constraints import find_python
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -135,16 +136,6 @@ def install_torch(python: Path, release: str) -> None:
         raise Skipped(f"no CPU build of torch {release} for this Python is to be had here") from error
 
 
-def find_python(release: str) -> str:
-    found = shutil.which(f"python{release}")
-    if found is None:
-        candidates = sorted(Path.home().glob(f".pyenv/versions/{release}.*/bin/python"))
-        if not candidates:
-            raise Skipped(f"there is no python{release} here")
-        found = str(candidates[-1])
-    return found
-
-
 def make_environment(name: str, settings: Mapping[str, Any]) -> Path:
     """Build the environment of an entry anew; returns its Python.
 
@@ -155,6 +146,8 @@ def make_environment(name: str, settings: Mapping[str, Any]) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     other_python = settings.get("python")
     interpreter = find_python(other_python) if other_python else sys.executable
+    if interpreter is None:
+        raise Skipped(f"there is no python{other_python} here")
     subprocess.run([interpreter, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
     (packages,) = folder.glob("lib/python*/site-packages")
@@ -297,25 +290,25 @@ def main() -> None:
     for name in [*(options.only or ()), *ready]:
         if name not in known:
             parser.error(f"{name!r} is not in versions.toml, which has {', '.join(known)}.")
-    rows, failed = read_report(), []
+    failed = []
     for name in options.only or known:
         print(f"{name} ...", end=" ", flush=True)
         skipped = ["skipped"] * (len(CELLS) + 1) + [date.today().isoformat()]
         try:
             python = Path(ready[name]) if name in ready else make_environment(name, known[name])
         except Skipped as reason:
-            before = rows.get(name)
+            before = read_report().get(name)
             if before is not None and before.cells[0] != "skipped":
                 print(f"skipped ({reason}); its row of {before.cells[-1]} stays")
                 continue
-            rows[name] = Row(skipped, ["–"] * (len(PACKAGES) + 1), [f"skipped: {reason}"])
+            row = Row(skipped, ["–"] * (len(PACKAGES) + 1), [f"skipped: {reason}"])
             print(f"skipped: {reason}")
         else:
             ENVIRONMENTS.mkdir(exist_ok=True)
-            rows[name] = run_contract(python, ENVIRONMENTS / "report.xml")
-            failed += [name] if rows[name].notes else []
-            print("; ".join(f"{cell} {result}" for cell, result in zip(CELLS, rows[name].cells, strict=False)))
-        write_report(rows)
+            row = run_contract(python, ENVIRONMENTS / f"{name.replace(' ', '-')}.xml")
+            failed += [name] if row.notes else []
+            print("; ".join(f"{cell} {result}" for cell, result in zip(CELLS, row.cells, strict=False)))
+        write_report(read_report() | {name: row})  # read again: another run may have written other rows
         if not options.keep:
             shutil.rmtree(ENVIRONMENTS / name.replace(" ", "-"), ignore_errors=True)
     print(f"Wrote {REPORT.relative_to(ROOT)} on Python {platform.python_version()}.")

@@ -159,16 +159,11 @@ def test_weights_that_do_not_work_with_this_code_leave_the_folder_as_it_was(new_
 
 def test_code_that_loses_the_state_is_found_out(new_folder):
     """The remote check, for what this package ships passes it."""
-    modeling = new_folder / "modeling_transnormer.py"
-    lossy = modeling.read_text() + (
-        "\n\ndef _forget(self, input_ids, cache=None, past_key_values=None, use_cache=None, **kwargs):\n"
-        "    return _forward(self, input_ids, use_cache=False)\n\n\n"
-        "_forward = TransNormerForCausalLM.forward\n"
-        "TransNormerForCausalLM.forward = _forget\n"
-        "TransNormerForCausalLM._update_model_kwargs_for_generation = GenerationMixin._update_model_kwargs_for_generation\n"
-        "TransNormerForCausalLM.prepare_inputs_for_generation = lambda self, ids, **kwargs: {'input_ids': ids[:, -1:]}\n"
-    )
-    modeling.write_text(lossy)
+    with (new_folder / "modeling_transnormer.py").open("a") as modeling:
+        modeling.write(
+            "\n\n_receive = receive\n\n\ndef receive(*args, **kwargs):\n"
+            "    return [None for _ in _receive(*args, **kwargs)]\n"
+        )
     with pytest.raises(ValueError, match="generation with a state and without differ"):
         check_remote_code(new_folder)
 

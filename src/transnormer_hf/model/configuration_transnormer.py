@@ -119,8 +119,8 @@ class TransNormerConfig(PreTrainedConfig):
             `None` is "first", or "last" for a causal model, whose first token sees nothing else.
         use_cache: Whether a causal model returns its state for generation.
         backend: "eager", "torch", "triton" or "auto" (see `ops_transnormer.py`).
-        transnormer_version: Release of this package whose code was saved with the configuration; `save_pretrained` sets
-            it.
+        transnormer_version: Release of this package that saved the configuration, and the code beside it; set by
+            `save_pretrained`.
     """
 
     model_type = "transnormer_hf"
@@ -290,7 +290,7 @@ class TransNormerConfig(PreTrainedConfig):
         """
         if self._auto_class is not None:
             self.auto_map = dict(AUTO_MAP)
-            self.transnormer_version = CODE_VERSION
+        self.transnormer_version = CODE_VERSION
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
