@@ -3,8 +3,8 @@
     make constraints                          # the newest that fits the torch that is there
     make constraints TORCH=torch==2.14.0      # with another torch
 
-`make demo` and `make test` install from that file, so that a release of tomorrow cannot break them. Run `make test` before
-committing a new one.
+`make demo` and `make test` install from that file, so that a release of tomorrow cannot break them. Run `make test`
+before committing a new one. pip downloads what it resolves: several GB of CUDA, once.
 """
 
 import json
@@ -22,7 +22,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # The build of the package itself, which pip does in an environment of its own.
 BUILD = ("hatchling", "editables")
 HEAD = """\
-# Tested versions, written by `make constraints`. `make demo` and `make test` install these; pyproject.toml has the ranges.
+# Tested versions, written by `make constraints`: `make demo` and `make test` install them.
 """
 
 

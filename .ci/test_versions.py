@@ -4,9 +4,9 @@
     make test-versions ONLY='5.8.1 floors'                 # the other rows stay as they are
     .venv/bin/python .ci/test_versions.py --use 'torch 2.11=/opt/gpu/bin/python'
 
-An environment is a folder of .venvs/ whose packages shadow those of the running Python, so that it takes seconds to make
-and no second torch. One that needs another torch or Python is skipped, with the reason in its row, where that torch
-would be a CUDA build of several GB; `--use` names a Python that has it.
+An environment is a folder of .venvs/ whose packages shadow those of the running Python, so that it takes seconds to
+make and no second torch. One that needs another torch or Python is skipped, with the reason in its row, where that
+torch would be a CUDA build of several GB; `--use` names a Python that has it.
 """
 
 import argparse

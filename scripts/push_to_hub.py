@@ -4,7 +4,7 @@
     python scripts/push_to_hub.py --model_dir outputs/sst2 --repo_id user/transnormer-sst2 --dry_run
     python scripts/push_to_hub.py --model_dir outputs/sst2 --repo_id user/transnormer-sst2 --private
 
-    python scripts/push_to_hub.py --refresh_code --repo_id user/transnormer-sst2  # this package's code, the same weights
+    python scripts/push_to_hub.py --refresh_code --repo_id user/transnormer-sst2  # this package's code for old weights
     python scripts/push_to_hub.py --refresh_code --model_dir outputs/sst2         # the same in a folder
 
 The token is that of `hf auth login` or HF_TOKEN: as an argument, everybody on the machine could read it.

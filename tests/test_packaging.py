@@ -80,8 +80,8 @@ def test_the_wheel_alone_loads_trains_and_generates(wheel, tmp_path):
     python = environment / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
     subprocess.run(install, check=True, capture_output=True)
-    # The dependencies are those of the running environment; a .pth file in there, such as that of an editable install of
-    # this package, is not followed.
+    # The dependencies are those of the running environment; a .pth file in there, such as that of an editable install
+    # of this package, is not followed.
     (packages,) = environment.glob("lib/python*/site-packages")
     folders = {Path(path) for path in sys.path if Path(path).name == "site-packages"}
     (packages / "dependencies.pth").write_text("\n".join(map(str, folders)))
@@ -92,5 +92,5 @@ def test_the_wheel_alone_loads_trains_and_generates(wheel, tmp_path):
 
 
 def test_hatchling_is_there():
-    """`make test` installs it with the extra "test"; the tests above need it and would only say that a command failed."""
+    """The extra "test" brings it; without it, the tests above would only say that a command failed."""
     assert importlib.util.find_spec("hatchling")

@@ -52,11 +52,11 @@ IMPORTED = {
 # Private names of transformers' classes that ours define, and why. None is imported.
 OVERRIDDEN = {
     "_can_compile_fullgraph": "declares that a static cache may be compiled; no public name",
-    "_can_record_outputs": "what output_hidden_states and output_attentions collect; every model of transformers sets it",
+    "_can_record_outputs": "what output_attentions and its kind collect; every model of transformers sets it",
     "_init_weights": "the documented way to initialise a model of one's own",
     "_no_split_modules": "device_map; every model of transformers sets it",
-    "_prepare_cache_for_generation": "the one place where `generate` makes a cache; without it the model adopts or refuses"
-    " what comes, and generation from lost states is stopped",
+    "_prepare_cache_for_generation": "where `generate` makes its cache; without it the model adopts or refuses what"
+    " comes, and generation from lost states is stopped",
     "_skip_keys_device_placement": "device_map; every model of transformers sets it",
     "_tied_weights_keys": "tied embeddings; every model of transformers sets it",
 }
@@ -71,9 +71,7 @@ def names_imported(path: Path) -> set[tuple[str, str]]:
             found |= {(node.module or "", alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {(alias.name, "") for alias in node.names if alias.name.startswith("transformers.")}
-        elif (
-            isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "transformers"
-        ):
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "transformers":
             found.add(("transformers", node.attr))
     return found
 

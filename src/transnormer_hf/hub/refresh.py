@@ -95,7 +95,7 @@ def refresh_repository(
         check_remote_code(staging)
         if not (written or removed):
             return Refreshment([], [])
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, (staging / name).read_bytes()) for name in written),
             *(CommitOperationDelete(name) for name in removed),
         ]
@@ -131,8 +131,8 @@ def stage_refreshed(folder: Path, staging: Path) -> tuple[list[str], list[str]]:
     config: dict[str, Any] = config_of(folder)
     if config.get("model_type") != TransNormerConfig.model_type:
         raise ValueError(
-            f"{folder} holds a model of type {config.get('model_type')!r}, not {TransNormerConfig.model_type!r}: its code"
-            " is not this package's."
+            f"{folder} holds a model of type {config.get('model_type')!r}, not {TransNormerConfig.model_type!r}: its"
+            " code is not this package's."
         )
     for path in folder.iterdir():
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in PUBLISHED):

@@ -45,8 +45,8 @@ def check_remote_code(folder: str | os.PathLike) -> dict[str, Any]:
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
         raise ValueError(
-            f"{folder} does not load by remote code in a process without this package: {lines[-1].strip().rstrip('.')}. Save it again with"
-            " save_pretrained, with transnormer_hf imported."
+            f"{folder} does not load by remote code in a process without this package: {lines[-1].strip().rstrip('.')}."
+            " Save it again with save_pretrained, with transnormer_hf imported."
         )
     return json.loads(result.stdout.splitlines()[-1])
 

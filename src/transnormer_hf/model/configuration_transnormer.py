@@ -317,8 +317,8 @@ def warn_of_older_code(config_dict: dict[str, Any], name: str) -> None:
     recorded = config_dict.get("transnormer_version")
     if _release(recorded or "") < _release(installed):
         logger.warning_once(
-            f"The code saved with {name} is of transnormer-hf {recorded or '0.1.0 or earlier'}, older than the installed"
-            f" {installed}. `scripts/push_to_hub.py --refresh_code` replaces it and leaves the weights as they are."
+            f"The code saved with {name} is of transnormer-hf {recorded or '0.1.0 or earlier'}, older than the"
+            f" installed {installed}. `scripts/push_to_hub.py --refresh_code` replaces it and leaves the weights alone."
         )
 
 
