@@ -124,35 +124,46 @@ class Progress:
         tokens = NewTokens(metadata, not self.has_begun, is_step, is_recorded, has_grad)
         if self.block_size is not None:
             tokens = self._assign_slots(tokens, self.block_size)
-        self.rows["lengths"].copy_((positions[:, -1] + 1).clamp(min=0))
+        self.rows["lengths"].copy_(self._length_after(metadata))
         self.seen.add_(positions.shape[1])
         self.has_begun = True
         return tokens
 
     def _assign_slots(self, tokens: NewTokens, block_size: int) -> NewTokens:
         """Finds the slot of each token in the current block of its row, and moves on to that block."""
-        is_filled, positions, is_real = self.rows["is_filled"], tokens.metadata.positions, tokens.metadata.is_real
-        last = self.rows["lengths"][:, None] - 1  # (batch, 1) position before the new tokens
+        metadata, is_filled, lengths = tokens.metadata, self.rows["is_filled"], self.rows["lengths"][:, None]
+        positions, is_real = metadata.positions, metadata.is_real
+        last = lengths - 1  # (batch, 1) position before the new tokens
         block_start = last - last % block_size
         if not tokens.is_prefill and not tokens.is_step:
             within = positions - block_start.clamp(min=0)  # (batch, seq) counted from the start of the current block
-            past = within[:, :1] + torch.arange(-block_size, 0, device=within.device)  # (batch, block_size)
+            first = within[:, :1] if metadata.is_contiguous else lengths - block_start.clamp(min=0)
+            past = first + torch.arange(-block_size, 0, device=within.device)  # (batch, block_size)
             past_slots = past.clamp(min=0)
-            is_visible = torch.cat(((past >= 0) & is_filled.gather(1, past_slots), _real_columns(tokens.metadata)), 1)
-            with_past = AttentionMetadata(torch.cat((past, within), 1), is_visible)
+            is_visible = torch.cat(((past >= 0) & is_filled.gather(1, past_slots), _real_columns(metadata)), 1)
+            with_past = metadata._replace(positions=torch.cat((past, within), 1), is_real=is_visible)
             tokens = tokens._replace(past_slots=past_slots, with_past=with_past)
 
-        positions = positions[:, -block_size:]  # no earlier column can be in the current block
-        start = positions[:, -1:] - positions[:, -1:] % block_size  # (batch, 1)
+        end = self._length_after(metadata)[:, None]  # (batch, 1)
+        start = (end - 1) - (end - 1) % block_size
+        if metadata.is_contiguous:  # no earlier column can be in the current block
+            positions, is_real = positions[:, -block_size:], None if is_real is None else is_real[:, -block_size:]
         is_inside = positions >= start.clamp(min=0)
         if is_real is not None:
-            is_inside = is_inside & is_real[:, -block_size:]
+            is_inside = is_inside & is_real
         slots = torch.where(is_inside, positions - start, block_size)
         is_filled.logical_and_(block_start == start).scatter_(1, slots, is_inside)
         visible = is_filled
         if is_real is not None:  # a padding token may see nothing: it gets the last slot, not NaN
             visible = torch.cat((is_filled[:, :-1], ~is_filled.any(1, keepdim=True)), 1)
         return tokens._replace(slots=slots, visible=visible[:, None, None, :])
+
+    def _length_after(self, metadata: AttentionMetadata) -> torch.Tensor:
+        """(batch,) positions taken after these tokens. Padding takes none where positions were given."""
+        if metadata.is_contiguous:
+            return (metadata.positions[:, -1] + 1).clamp(min=0)
+        ends = (metadata.positions + 1).masked_fill(~metadata.is_real, 0).amax(1)
+        return torch.maximum(self.rows["lengths"], ends)
 
     # Taking tokens back
 
@@ -178,12 +189,13 @@ class Progress:
             return
         positions = torch.cat([metadata.positions for metadata in self.history], 1)
         is_real = torch.cat([_real_columns(metadata) for metadata in self.history], 1)
+        is_contiguous = all(metadata.is_contiguous for metadata in self.history)
         _restore(self.rows, self.base)
         self.seen.sub_(recorded)
         self.history, self.base = [], {}
         replays: list[tuple[slice, NewTokens]] = []
         for columns in (slice(settled), slice(settled, kept)):
-            metadata = AttentionMetadata(positions[:, columns], is_real[:, columns])
+            metadata = AttentionMetadata(positions[:, columns], is_real[:, columns], is_contiguous=is_contiguous)
             if not metadata.positions.shape[1]:
                 continue
             is_recorded = columns.stop == kept
@@ -203,7 +215,8 @@ class Progress:
         """Applies an indexing function to everything that has one row per sequence."""
         self.rows, self.base = _map(change, self.rows), _map(change, self.base)
         self.history = [
-            AttentionMetadata(change(metadata.positions), change(_real_columns(metadata))) for metadata in self.history
+            metadata._replace(positions=change(metadata.positions), is_real=change(_real_columns(metadata)))
+            for metadata in self.history
         ]
 
 

@@ -45,6 +45,7 @@ from .reference_transnormer import (
     compute_dtype,
     diag_attention_map,
     norm_attention_map,
+    positioned_metadata,
     prepare_query_key,
     rotation_table,
     zero_padding,
@@ -166,6 +167,9 @@ class TransNormerAttention(nn.Module):
         """
         shape = hidden_states.shape
         query_input = hidden_states if query_input is None else query_input
+        order = metadata.order  # (batch, seq) or None
+        if order is not None:
+            hidden_states, query_input = (x.take_along_dim(order[..., None], 1) for x in (hidden_states, query_input))
         query = self._split_heads(self.q_proj(query_input), metadata)
         key = self._split_heads(self.k_proj(hidden_states), metadata)
         value = self._split_heads(self.v_proj(hidden_states), metadata)
@@ -181,6 +185,11 @@ class TransNormerAttention(nn.Module):
         if weights is not None:  # the output goes by way of the map, so that gradients reach the map
             output = (weights @ zero_padding(value.to(weights.dtype), metadata)).to(value.dtype)
         output = self.norm(output.transpose(1, 2).reshape(shape)).to(hidden_states.dtype)
+        if order is not None:
+            back = order.argsort(1)
+            output = output.take_along_dim(back[..., None], 1)
+            if weights is not None:
+                weights = weights.take_along_dim(back[:, None, :, None], 2).take_along_dim(back[:, None, None, :], 3)
         return self.out_proj(output), weights
 
     def _split_heads(self, states: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
@@ -555,8 +564,8 @@ class TransNormerModel(TransNormerPreTrainedModel):
     ) -> AttentionMetadata:
         """Where the tokens stand, from whichever description of padding or packing was given."""
         batch_size, seq_len, _ = inputs_embeds.shape
-        if cache is None and cu_seqlens is None and attention_mask is None and position_ids is not None:
-            cu_seqlens = packed_boundaries(position_ids.expand(batch_size, seq_len))
+        lengths = cache_lengths(cache)
+        has_past = not isinstance(lengths, int)
         if attention_mask is not None:
             if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < seq_len:
                 raise ValueError(
@@ -565,18 +574,23 @@ class TransNormerModel(TransNormerPreTrainedModel):
                     "and 0 for padding. Causality is part of the model (is_causal), packed sequences are given by "
                     "position_ids that restart or by cu_seq_lens_q."
                 )
-            if attention_mask.shape[1] > seq_len and isinstance(cache_lengths(cache), int):
+            if attention_mask.shape[1] > seq_len and not has_past:
                 raise CacheError(
                     f"attention_mask has {attention_mask.shape[1]} columns for {seq_len} tokens, and no state of the "
                     f"tokens before them was given as {CACHE_NAME}. {_HOST_HAS_CHANGED}"
                 )
             attention_mask = attention_mask[:, -seq_len:]
+        if position_ids is not None:
+            position_ids = position_ids.expand(batch_size, seq_len)
+            if attention_mask is None and cu_seqlens is None and not (has_past and seq_len == 1):
+                cu_seqlens = packed_boundaries(position_ids)
         if cu_seqlens is not None:
             if cache is not None:
                 raise ValueError(f"packed sequences cannot fill a {CACHE_NAME}; pass use_cache=False.")
             return attention_metadata(1, batch_size * seq_len, inputs_embeds.device, attention_mask, cu_seqlens)
-        offset = cache_lengths(cache)
-        return attention_metadata(batch_size, seq_len, inputs_embeds.device, attention_mask, position_offset=offset)
+        if position_ids is not None:
+            return positioned_metadata(position_ids, attention_mask, has_past, cache is not None)
+        return attention_metadata(batch_size, seq_len, inputs_embeds.device, attention_mask, position_offset=lengths)
 
 
 def padding_index(config: TransNormerConfig) -> int | None:

@@ -101,7 +101,7 @@ def norm_attention(
         # Autograd saves it, and the caller may write the next state into the same memory.
         initial_state = initial_state.clone()
     attend = {"eager": eager_norm_attention, "torch": chunked_norm_attention, "triton": triton_norm_attention}[
-        _backend_for(backend, query, key, value)
+        _backend_for(backend, metadata, "torch", query, key, value)
     ]
     options = {"metadata": metadata, "causal": causal, "feature_map": feature_map, "lrpe": lrpe}
     with without_autocast(query.device):
@@ -154,7 +154,7 @@ def diag_attention(
     dtype = value.dtype
     query, key, value, lrpe, metadata = check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata)
     attend = {"eager": eager_diag_attention, "torch": chunked_diag_attention, "triton": triton_diag_attention}[
-        _backend_for(backend, query, key, value)
+        _backend_for(backend, metadata, "eager", query, key, value)
     ]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     options = {"causal": causal, "activation": activation, "lrpe": lrpe, "dropout_p": dropout_p}
@@ -205,10 +205,12 @@ def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
     return "torch"
 
 
-def _backend_for(backend: str, *tensors: torch.Tensor) -> str:
+def _backend_for(backend: str, metadata: AttentionMetadata, for_any_positions: str, *tensors: torch.Tensor) -> str:
     resolved, seq_len = resolve_backend(backend, *tensors), tensors[0].shape[2]
     # No kernel runs on an empty sequence, and for one token the torch form is slower to reach than the definition.
-    return "eager" if seq_len == 0 or (seq_len == 1 and resolved == "torch") else resolved
+    if seq_len == 0 or (seq_len == 1 and resolved == "torch"):
+        return "eager"
+    return resolved if metadata.is_contiguous or resolved == "eager" else for_any_positions
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

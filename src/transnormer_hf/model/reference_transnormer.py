@@ -99,12 +99,17 @@ class AttentionMetadata(NamedTuple):
     is_real: (batch, seq) bool, False for padding; None where every token is real.
     sequence_ids: (seq,) integers that tell packed sequences apart; None where nothing is packed.
     cu_seqlens: (num_sequences + 1,) boundaries of the packed sequences, or None.
+    order: (batch, seq) columns of the input with the padding of each row moved to its front, where everything above is
+        in this order; None where the input is left as it is. See `positioned_metadata`.
+    is_contiguous: False if the positions of a row may do anything but count its columns.
     """
 
     positions: torch.Tensor
     is_real: torch.Tensor | None = None
     sequence_ids: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    is_contiguous: bool = True
 
 
 def attention_metadata(
@@ -156,6 +161,42 @@ def attention_metadata(
     leading = count_leading_padding(is_real)[:, None]  # (batch, 1)
     # multiplied, not chosen by `if`: an offset on the device must not be read by the host
     return AttentionMetadata(columns - leading * (offset == 0) + offset, is_real)
+
+
+def positioned_metadata(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, has_past: bool, has_cache: bool
+) -> AttentionMetadata:
+    """The metadata of a batch whose positions are given: (batch, seq) `position_ids` and `attention_mask`.
+
+    They are those of a text without its padding, as `generate` passes them: whatever the mask hides, also in the middle
+    of a row, takes no position. The attentions want positions that count the columns, so padding between real tokens
+    is moved to the front of its row (`order`); where a state already precedes the row, the positions are left as they
+    are. Behind the last real token padding only matters to a cache, which goes on from there.
+
+    Raises ValueError if the positions of real tokens do not count up by one. The host looks at them once.
+    """
+    if attention_mask is None:
+        return AttentionMetadata(position_ids)
+    is_real = attention_mask.bool()
+    if position_ids.shape[1] == 1:
+        return AttentionMetadata(position_ids, is_real, is_contiguous=False)
+    rank = is_real.cumsum(1) - 1  # (batch, seq) real tokens before this one; -1 in front of the first
+    first = position_ids.gather(1, is_real.int().argmax(1, keepdim=True))  # (batch, 1)
+    follows = is_real | (rank < 0) if has_cache else is_real | (rank < 0) | (rank == rank[:, -1:])
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and not bool(((position_ids == first + rank) | ~is_real).all()):
+        raise ValueError(
+            "position_ids must count up by one over the tokens that attention_mask shows; for packed sequences pass "
+            "position_ids without attention_mask, or cu_seq_lens_q."
+        )
+    columns = torch.arange(position_ids.shape[1], device=position_ids.device)
+    if not is_compiling and bool(follows.all()):
+        return AttentionMetadata(first + columns - count_leading_padding(is_real)[:, None], is_real)
+    if has_past:
+        return AttentionMetadata(position_ids, is_real, is_contiguous=False)
+    order = is_real.int().argsort(dim=1, stable=True)  # (batch, seq)
+    positions = first + rank[:, -1:] - columns.flip(0)
+    return AttentionMetadata(positions, is_real.gather(1, order), order=order)
 
 
 def count_leading_padding(is_real: torch.Tensor) -> torch.Tensor:
