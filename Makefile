@@ -59,7 +59,7 @@ test-latest:
 	$(call PYTEST,.venv-latest) -m contract
 
 test-versions: $(READY)
-	.venv/bin/python .ci/test_versions.py $(if $(ONLY),--only $(ONLY))
+	.venv/bin/python .ci/versions_report.py $(if $(ONLY),--only $(ONLY))
 
 constraints: $(READY)
 	.venv/bin/python .ci/constraints.py '$(TORCH)'

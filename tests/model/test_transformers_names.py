@@ -54,6 +54,7 @@ OVERRIDDEN = {
     "_can_compile_fullgraph": "declares that a static cache may be compiled; no public name",
     "_can_record_outputs": "what output_attentions and its kind collect; every model of transformers sets it",
     "_init_weights": "the documented way to initialise a model of one's own",
+    "_keep_in_fp32_modules_strict": "LRPE's angles stay float32 in a model loaded in half precision; no public name",
     "_no_split_modules": "device_map; every model of transformers sets it",
     "_prepare_cache_for_generation": "where `generate` makes its cache; without it the model adopts or refuses what"
     " comes, and generation from lost states is stopped",

@@ -2,7 +2,7 @@
 
     make test-versions
     make test-versions ONLY='5.8.1 floors'                 # the other rows stay as they are
-    .venv/bin/python .ci/test_versions.py --use 'torch 2.11=/opt/gpu/bin/python'
+    .venv/bin/python .ci/versions_report.py --use 'torch 2.11=/opt/gpu/bin/python'
 
 An environment is a folder of .venvs/ whose packages shadow those of the running Python, so that it takes seconds to
 make and no second torch. One that needs another torch or Python is skipped, with the reason in its row, where that
@@ -220,8 +220,9 @@ def read_results(report: Path) -> tuple[list[str], list[str]]:
             raise SystemExit(f"{case.get('classname')}.{case.get('name')} has no mark cell(...).")
         outcomes[names[0]].append(outcome)
         if failure is not None:
-            message = (failure.get("message") or "failed").splitlines()[0]
-            notes.append(f"{names[0]}: `{case.get('name')}`: {message[:300]}")
+            lines = (failure.get("message") or "failed").splitlines()
+            errors = [line for line in lines if re.match(r"\w+Error: (?!Traceback)", line)]  # perhaps of a subprocess
+            notes.append(f"{names[0]}: `{case.get('name')}`: {[*lines[:1], *errors][-1][:300]}")
     cells = []
     for results in outcomes.values():
         skipped = results.count("skipped")
