@@ -39,17 +39,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from transnormer_hf.model import diag_kernels_transnormer, norm_kernels_transnormer
-from transnormer_hf.model.triton_features_transnormer import KernelSpec, compile_arguments
+from kernels import diag, norm
+from kernels.registry import KernelSpec, compile_arguments
 from transnormer_hf.training.files import write_atomically
 
-KERNELS: list[KernelSpec] = [*norm_kernels_transnormer.KERNELS, *diag_kernels_transnormer.KERNELS]
+KERNELS: list[KernelSpec] = [*norm.KERNELS, *diag.KERNELS]
 DTYPES = ("bf16", "fp16", "fp32")
 # One for each power of two that head_dim is padded to. Where it is padded, masks are added to what the power of two
 # itself would take; the two that are used most are also compiled as they are, in all variants.
 HEAD_DIMS = (8, 24, 40, 64, 96, 128, 200)
 ALL_VARIANTS = (64, 128)
-TILE_SIZES = ("BLOCK_T", "PARTS", "TILE", "CHUNK", "BLOCK_ROWS", "BLOCK_WIDTH")  # constexprs that a table sets
+TILE_SIZES = ("BLOCK_T", "PARTS", "TILE", "CHUNK", "BLOCK", "BLOCK_ROWS", "BLOCK_WIDTH")  # constexprs that a table sets
 
 
 class Target(NamedTuple):

@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from transnormer_hf import TransNormerConfig, TransNormerForSequenceClassification
+from transnormer_hf.training.predictions import check_finite
 
 LABELS = ("rotten", "fresh")
 REVIEWS = Path("data", "rotten_tomatoes_corpus_full.csv.bz2")
@@ -146,6 +147,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> TransNormerForSequenceCla
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    check_finite(prediction.predictions, "The held-out films")
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 

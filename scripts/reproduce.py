@@ -17,6 +17,7 @@ token and comparable only with each other.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -72,6 +73,7 @@ from transnormer_hf.research.reproduction_report import draw
 from transnormer_hf.tasks.glue import HUB_DATASET, get_task
 from transnormer_hf.training.fine_tuning import ModelArguments, load_tokenizer
 from transnormer_hf.training.packing import WIKITEXT_TITLE, TextSource
+from transnormer_hf.training.predictions import DivergedError
 
 HUB_TEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 SPECIAL_TOKENS = {  # RoBERTa's
@@ -316,15 +318,17 @@ def run_language_model(
         "tokenizer_name": tokenizer,
     }
     script = run_mlm if is_masked else run_clm
-    found = script.main(command_line(arguments), callbacks=[watch])
+    found = {}
+    with contextlib.suppress(DivergedError):
+        found = script.main(command_line(arguments), callbacks=[watch])
     state = json.loads((folder / "run" / "trainer_state.json").read_text(encoding="utf-8"))
     losses = [[entry["step"], finite(entry["loss"])] for entry in state["log_history"] if "loss" in entry]
     figures = {
-        "perplexity": finite(found["eval_token_perplexity"]),
-        "loss": finite(found["eval_loss"]),
-        "tokens": found["eval_tokens"],
+        "perplexity": finite(found.get("eval_token_perplexity", math.nan)),
+        "loss": finite(found.get("eval_loss", math.nan)),
+        "tokens": found.get("eval_tokens"),
         "relative_deviation": finite(watch.relative_deviation),
-        "parameters": found["parameters"],
+        "parameters": found.get("parameters"),
         "training_losses": losses,
     }
     if figures["perplexity"] is None:

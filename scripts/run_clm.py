@@ -17,10 +17,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
 
 import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
-from transnormer_hf.training.pretraining import Objective, PretrainingArguments, end_of_text, pretrain
+from transnormer_hf.training.fine_tuning import check_length, end_of_text
+from transnormer_hf.training.predictions import check_finite
+from transnormer_hf.training.pretraining import Objective, PretrainingArguments, pretrain
 
 
 @dataclass
@@ -32,16 +41,36 @@ class DataArguments(PretrainingArguments):
     max_new_tokens: int = field(default=64, metadata={"help": "Length of that text; 0 writes none."})
 
 
+def start_of_sample(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> list[int]:
+    """The tokens that the model continues: the end of the text before, and the prompt."""
+    return [end_of_text(tokenizer), *tokenizer(args.prompt, add_special_tokens=False)["input_ids"]]
+
+
+def check_sample(tokenizer: PreTrainedTokenizerBase, args: DataArguments, config: PreTrainedConfig) -> None:
+    """Raise ValueError where prompt and new tokens are more than the model has positions for."""
+    if args.max_new_tokens > 0:
+        tokens = len(start_of_sample(tokenizer, args)) + args.max_new_tokens - 1  # the last one is not read
+        argument = f"max_new_tokens {args.max_new_tokens} and --prompt {args.prompt!r}: a text of"
+        check_length(argument, tokens, config)
+
+
 def write_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: DataArguments, seed: int) -> str:
-    """What the model writes after the prompt, drawn from its 50 likeliest tokens at each step."""
+    """What the model writes after the prompt, drawn from its 50 likeliest tokens at each step.
+
+    Raises:
+        ValueError: the model has diverged.
+    """
     if args.max_new_tokens < 1:
         return ""
     set_seed(seed)
-    tokens = [end_of_text(tokenizer), *tokenizer(args.prompt, add_special_tokens=False)["input_ids"]]
+    input_ids = torch.tensor([start_of_sample(tokenizer, args)], device=model.device)
     model.eval()
+    with torch.no_grad():
+        logits = model(input_ids, use_cache=False).logits  # (1, seq, vocab_size)
+    check_finite(logits.float().cpu().numpy(), "A sample")
     written = model.generate(
-        torch.tensor([tokens], device=model.device),
-        attention_mask=torch.ones(1, len(tokens), dtype=torch.long, device=model.device),
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
         do_sample=True,
         top_k=50,
         max_new_tokens=args.max_new_tokens,
@@ -50,7 +79,9 @@ def write_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arg
     return tokenizer.decode(written[0], skip_special_tokens=True)
 
 
-CLM = Objective("clm", AutoModelForCausalLM, "block_size", "text-generation", "Perplexity per token", write_sample)
+CLM = Objective(
+    "clm", AutoModelForCausalLM, "block_size", "text-generation", "Perplexity per token", write_sample, check_sample
+)
 
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:

@@ -11,7 +11,7 @@ call. A run leaves in `output_dir`: the model, `all_results.json`, GLUE submissi
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from transformers import (
 import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
 from transnormer_hf.hub.model_card import EvaluatedSplit, build_glue_card
 from transnormer_hf.tasks.glue import (
-    FILE_FORMATS,
     HUB_DATASET,
     GlueTask,
     compute_glue_metrics,
@@ -42,6 +41,7 @@ from transnormer_hf.tasks.glue import (
     write_submission,
 )
 from transnormer_hf.training.fine_tuning import (
+    TRAINER_DEFAULTS,
     CardTrainer,
     EpochSetter,
     ModelArguments,
@@ -51,7 +51,9 @@ from transnormer_hf.training.fine_tuning import (
     build_model,
     check_length,
     check_model_arguments,
+    check_positions,
     check_run_arguments,
+    end_of_text,
     finish_runs,
     load_config,
     load_tokenizer,
@@ -61,6 +63,14 @@ from transnormer_hf.training.fine_tuning import (
     set_up_logging,
     token_fields,
     update_results,
+)
+from transnormer_hf.training.losses import aligned_loss, squared_error
+from transnormer_hf.training.predictions import check_finite, labels_of, logits_of
+from transnormer_hf.training.text_files import check_file
+from transnormer_hf.training.trainer_arguments import (
+    check_enough_rows,
+    check_metric_for_best_model,
+    refuse_unless,
 )
 
 logger = logging.getLogger("run_glue")
@@ -129,7 +139,9 @@ def parse_arguments(
         ValueError: an argument is wrong or missing; the message names it and what would work.
     """
     types = (GlueModelArguments, DataArguments, GlueRunArguments, TrainingArguments)
-    model_args, data_args, run_args, training_args = parse_dataclasses(types, argv, {"metric_for_best_model": "best"})
+    model_args, data_args, run_args, training_args = parse_dataclasses(
+        types, argv, {**TRAINER_DEFAULTS, "metric_for_best_model": "best"}
+    )
     task = get_task(data_args.task_name)
     if training_args.metric_for_best_model == "best":
         training_args.metric_for_best_model = task.best_metric if task.metrics else None
@@ -161,10 +173,7 @@ def check_data_arguments(task: GlueTask, args: DataArguments, training_args: Tra
             f"Got --data_dir {args.data_dir} and --{next(iter(args.files))}: give a folder or single files."
         )
     for name, file in args.files.items():
-        if Path(file).suffix.lower() not in FILE_FORMATS:
-            raise ValueError(f"--{name} {file}: unknown extension, expected one of {', '.join(FILE_FORMATS)}.")
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"--{name} {file}: no such file.")
+        check_file(file, argument=name)
     for step, name in steps.items():
         if args.files and getattr(training_args, step) and name not in args.files:
             raise ValueError(f"--{step} needs --{name}, as --{next(iter(args.files))} is given.")
@@ -177,13 +186,10 @@ def check_data_arguments(task: GlueTask, args: DataArguments, training_args: Tra
 def check_glue_run_arguments(task: GlueTask, args: GlueRunArguments, training_args: TrainingArguments) -> None:
     """Raise ValueError unless the seeds, the early stopping and the folder to resume from make sense together."""
     check_run_arguments(args, training_args)
-    metric = training_args.metric_for_best_model
-    known = {*task.metrics, task.best_metric, "loss"} if task.metrics else {None}
-    if metric is not None and metric.removeprefix("eval_") not in known:
-        raise ValueError(
-            f"--metric_for_best_model {metric} is not a figure of {task.name}: choose one of"
-            f" {', '.join(sorted(map(str, known)))}."
-        )
+    if task.metrics:
+        check_metric_for_best_model(training_args, [*task.metrics, task.best_metric, "loss"], task.name)
+    if task.is_regression:
+        refuse_unless(training_args, "label_smoothing_factor", (0.0,), f"{task.name} has scores in place of classes")
     if args.early_stopping_patience is not None:
         if args.early_stopping_patience < 1:
             raise ValueError(f"--early_stopping_patience {args.early_stopping_patience} must be at least 1.")
@@ -243,6 +249,39 @@ class GlueData:
     test: dict[str, Dataset]
 
 
+def make_tokenize(
+    task: GlueTask, args: DataArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
+    """The function from rows of text to rows of tokens, with the labels as the model numbers them.
+
+    Raises:
+        ValueError: `--max_seq_length` is more than the model takes, or leaves no room for a text.
+    """
+    check_length("max_seq_length", args.max_seq_length, config, tokenizer.model_max_length)
+    special = tokenizer.num_special_tokens_to_add(pair=len(task.texts) == 2)
+    if args.max_seq_length <= special:
+        raise ValueError(
+            f"--max_seq_length {args.max_seq_length} leaves no room beside the tokenizer's {special} special tokens:"
+            f" give at least {special + 1}."
+        )
+    label_ids = {task_id: config.label2id[name] for task_id, name in enumerate(task.labels)}
+
+    def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded = tokenizer(
+            *(rows[name] for name in task.texts),
+            truncation=True,
+            max_length=args.max_seq_length,
+            padding="max_length" if args.pad_to_max_length else False,
+            return_attention_mask=True,
+        )
+        fill_empty_rows(encoded, tokenizer)
+        if "label" in rows:
+            encoded["label"] = [label_ids.get(label, label) for label in rows["label"]]
+        return encoded
+
+    return tokenize
+
+
 def prepare_data(
     task: GlueTask,
     args: DataArguments,
@@ -252,19 +291,7 @@ def prepare_data(
     cache_dir: str | None,
 ) -> GlueData:
     """Load the splits that the run needs, cut them to the sizes asked for, and tokenise them."""
-    check_length("max_seq_length", args.max_seq_length, config, tokenizer.model_max_length)
-    label_ids = {task_id: config.label2id[name] for task_id, name in enumerate(task.labels)}
-
-    def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        encoded = tokenizer(
-            *(rows[name] for name in task.texts),
-            truncation=True,
-            max_length=args.max_seq_length,
-            padding="max_length" if args.pad_to_max_length else False,
-        )
-        if "label" in rows:
-            encoded["label"] = [label_ids.get(label, label) for label in rows["label"]]
-        return encoded
+    tokenize = make_tokenize(task, args, tokenizer, config)
 
     def prepare(splits: Mapping[str, Dataset], limit: int | None) -> dict[str, Dataset]:
         return {
@@ -291,11 +318,23 @@ def prepare_data(
         return load_glue(task, splits, data_dir=args.data_dir, files=files, cache_dir=cache_dir)
 
     with training_args.main_process_first(desc="reading and tokenising the data"):
-        return GlueData(
+        data = GlueData(
             train=prepare(load(["train"]), args.max_train_samples)["train"] if training_args.do_train else None,
             evaluation=prepare(load(eval_splits), args.max_eval_samples) if training_args.do_eval else {},
             test=prepare(load(test_splits), args.max_predict_samples) if training_args.do_predict else {},
         )
+    if data.train is not None:
+        check_enough_rows(training_args, len(data.train))
+    return data
+
+
+def fill_empty_rows(encoded: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the end of text into rows of no tokens: an empty text, where the tokenizer frames none."""
+    for number, mask in enumerate(encoded["attention_mask"]):
+        if not any(mask):
+            for name, value in (("input_ids", end_of_text(tokenizer)), ("attention_mask", 1), ("token_type_ids", 0)):
+                if name in encoded:
+                    encoded[name][number][:1] = [value]
 
 
 # ---- Runs ----
@@ -319,10 +358,50 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             planned.args.seed,
             ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
         )
+        check_positions("max_seq_length", data_args.max_seq_length, model)
         if model_args.use_lora:
             model = add_lora(model, model_args)
         results.append(run(task, model, tokenizer, data, model_args, data_args, run_args, planned))
     return finish_runs(run_args, training_args, results)
+
+
+def make_trainer(
+    task: GlueTask,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: GlueData,
+    run_args: GlueRunArguments,
+    training_args: TrainingArguments,
+) -> tuple[CardTrainer, Callable[[Any, str], np.ndarray]]:
+    """The Trainer of a task, and the function from its predictions for a split to the task's answers, (rows,)."""
+    names = model.config.id2label
+    task_ids = np.array([task.labels.index(names[number]) for number in range(len(task.labels))], dtype=int)
+
+    def decode(outputs: Any, split: str) -> np.ndarray:
+        logits = logits_of(outputs)  # (rows, labels)
+        check_finite(logits, f"{task.title}, {split}")
+        return logits[:, 0] if task.is_regression else task_ids[logits.argmax(axis=-1)]
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        labels = labels_of(prediction.label_ids)
+        references = labels.reshape(-1) if task.is_regression else task_ids[labels]
+        return compute_glue_metrics(task, decode(prediction.predictions, "evaluation"), references)
+
+    callbacks: list[TrainerCallback] = [TrainingClock(run_args.max_minutes), EpochSetter()]
+    if run_args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(run_args.early_stopping_patience))
+    trainer = CardTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data.train,
+        eval_dataset=next(iter(data.evaluation.values()), None),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
+        compute_loss_func=squared_error if task.is_regression else aligned_loss,
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+    )
+    return trainer, decode
 
 
 def run(
@@ -337,31 +416,7 @@ def run(
 ) -> dict[str, Any]:
     """Train, evaluate and predict with one seed; returns what the folder's `all_results.json` then holds."""
     training_args = planned.args
-    names = model.config.id2label
-    task_ids = np.array([task.labels.index(names[number]) for number in range(len(task.labels))], dtype=int)
-
-    def decode(outputs: Any) -> np.ndarray:
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs  # (rows, labels)
-        return logits[:, 0] if task.is_regression else task_ids[logits.argmax(axis=-1)]
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        labels = np.asarray(prediction.label_ids)
-        references = labels.reshape(-1) if task.is_regression else task_ids[labels]
-        return compute_glue_metrics(task, decode(prediction.predictions), references)
-
-    callbacks: list[TrainerCallback] = [TrainingClock(run_args.max_minutes), EpochSetter()]
-    if run_args.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(run_args.early_stopping_patience))
-    trainer = CardTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=data.train,
-        eval_dataset=next(iter(data.evaluation.values()), None),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
-        compute_metrics=compute_metrics,
-        callbacks=callbacks,
-    )
+    trainer, decode = make_trainer(task, model, tokenizer, data, run_args, training_args)
     results: dict[str, Any] = {"task_name": task.name}
 
     if data.train is not None:
@@ -376,35 +431,36 @@ def run(
         trainer.save_state()
 
     evaluated = []
-    if training_args.do_eval:
-        for position, (name, split) in enumerate(data.evaluation.items()):
-            metrics = {**trainer.evaluate(split), "eval_samples": len(split)}
-            evaluated.append(describe_split(task, data_args, name, metrics))
-            if position:  # MNLI mismatched, named as in transformers' example
-                metrics = {f"{key}_mm": value for key, value in metrics.items() if key.startswith("eval_")}
-            results |= report(trainer, "eval_mm" if position else "eval", metrics)
+    for position, (name, split) in enumerate(data.evaluation.items()):
+        metrics = {**trainer.evaluate(split), "eval_samples": len(split)}
+        evaluated.append(describe_split(task, data_args, name, metrics))
+        if position:  # MNLI mismatched, named as in transformers' example
+            metrics = {f"{key}_mm": value for key, value in metrics.items() if key.startswith("eval_")}
+        results |= report(trainer, "eval_mm" if position else "eval", metrics)
 
-    for name, split in data.test.items():
-        predictions = decode(trainer.predict(split, metric_key_prefix="predict").predictions)
-        if trainer.is_world_process_zero():
-            path = write_submission(training_args.output_dir, task, name, predictions)
-            logger.info("Wrote %d predictions to %s.", len(predictions), path)
+    predictions = {
+        name: decode(trainer.predict(split, metric_key_prefix="predict").predictions, name)
+        for name, split in data.test.items()
+    }
+    if trainer.is_world_process_zero():
+        for name, answers in predictions.items():
+            path = write_submission(training_args.output_dir, task, name, answers)
+            logger.info("Wrote %d predictions to %s.", len(answers), path)
 
     if data.train is not None:
-        trainer.card = str(
-            build_glue_card(
-                task,
-                model=trainer.accelerator.unwrap_model(trainer.model),
-                training_args=training_args,
-                max_seq_length=data_args.max_seq_length,
-                base_model=model_args.model_name_or_path,
-                train_source=describe_source(task, data_args, "train")
-                + (", first rows only" if len(data.train) == data_args.max_train_samples else ""),
-                official_data=not data_args.files,
-                evaluated=evaluated,
-                results=results,
-            )
+        is_cut = len(data.train) == data_args.max_train_samples
+        card = build_glue_card(
+            task,
+            model=trainer.accelerator.unwrap_model(trainer.model),
+            training_args=training_args,
+            max_seq_length=data_args.max_seq_length,
+            base_model=model_args.model_name_or_path,
+            train_source=describe_source(task, data_args, "train") + (", first rows only" if is_cut else ""),
+            official_data=not data_args.files,
+            evaluated=evaluated,
+            results=results,
         )
+        trainer.card = str(card)
         trainer.create_model_card()
     if trainer.is_world_process_zero():
         results = update_results(Path(training_args.output_dir), results)

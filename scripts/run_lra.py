@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
@@ -45,6 +44,7 @@ from transnormer_hf.tasks.lra import (
     read_rows,
 )
 from transnormer_hf.training.fine_tuning import (
+    TRAINER_DEFAULTS,
     CardTrainer,
     EpochSetter,
     ModelArguments,
@@ -55,6 +55,7 @@ from transnormer_hf.training.fine_tuning import (
     change_factors,
     check_length,
     check_model_arguments,
+    check_positions,
     check_run_arguments,
     finish_runs,
     given_value,
@@ -66,10 +67,17 @@ from transnormer_hf.training.fine_tuning import (
     set_up_logging,
     update_results,
 )
+from transnormer_hf.training.losses import aligned_loss
+from transnormer_hf.training.predictions import check_finite, labels_of, logits_of
+from transnormer_hf.training.text_files import check_file
+from transnormer_hf.training.trainer_arguments import (
+    check_enough_rows,
+    check_metric_for_best_model,
+    refuse_unless,
+)
 
 STEPS = {"do_train": "train", "do_eval": "validation", "do_predict": "test"}
 FILES = {"train": "train_file", "validation": "validation_file", "test": "test_file"}
-FILE_FORMATS = (".tsv", ".json", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass
@@ -116,7 +124,7 @@ def parse_arguments(
     Raises:
         ValueError, FileNotFoundError: an argument is wrong or missing; the message names it and what would work.
     """
-    defaults: dict[str, Any] = {"remove_unused_columns": False}
+    defaults: dict[str, Any] = {**TRAINER_DEFAULTS, "remove_unused_columns": False}
     if (name := given_value("task_name", argv)) is not None:
         defaults |= get_task(name).training_defaults()
     types = (LraModelArguments, DataArguments, RunArguments, TrainingArguments)
@@ -135,6 +143,10 @@ def parse_arguments(
         )
     check_data_arguments(task, data_args, training_args)
     check_run_arguments(run_args, training_args)
+    refuse_unless(training_args, "remove_unused_columns", (False,), "a row's sequences are no column of the model")
+    strategies = ("random", "sequential")
+    refuse_unless(training_args, "train_sampling_strategy", strategies, "the rows tell no length to the sampler")
+    check_metric_for_best_model(training_args, ("loss", "accuracy"), task.name)
     return model_args, data_args, run_args, training_args
 
 
@@ -143,10 +155,7 @@ def check_data_arguments(task: LraTask, args: DataArguments, training_args: Trai
     if not any(getattr(training_args, step) for step in STEPS):
         raise ValueError("Nothing to do: give at least one of --do_train, --do_eval and --do_predict.")
     for split, file in args.files.items():
-        if Path(file).suffix not in FILE_FORMATS:
-            raise ValueError(f"--{FILES[split]} {file}: unknown extension, expected one of {', '.join(FILE_FORMATS)}.")
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"--{FILES[split]} {file}: no such file.")
+        check_file(file, argument=FILES[split])
     needs_files = args.files or not (task.full_sizes or task.hub)
     for step, split in STEPS.items():
         if needs_files and getattr(training_args, step) and split not in args.files:
@@ -277,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for step, split in STEPS.items()
         if getattr(training_args, step)
     }
+    if "train" in splits:
+        check_enough_rows(training_args, len(splits["train"][0]))
     results = [run(task, splits, config, model_args, data_args, run_args, planned) for planned in runs]
     return finish_runs(run_args, training_args, results)
 
@@ -293,12 +304,14 @@ def run(
     """Train and evaluate with one seed; returns what the folder's `all_results.json` then holds."""
     args = planned.args
     model = make_model(task, model_args, config, args.seed)
+    check_positions("max_length", data_args.max_length, model)
     trainer = LraTrainer(
         model=model,
         args=args,
         train_dataset=splits["train"][0] if "train" in splits else None,
         eval_dataset=splits["validation"][0] if "validation" in splits else None,
         data_collator=collate,
+        compute_loss_func=aligned_loss,
         compute_metrics=compute_accuracy,
         callbacks=[TrainingClock(run_args.max_minutes), EpochSetter()],
     )
@@ -348,9 +361,14 @@ def run(
 
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of rows whose likeliest class is the right one."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((np.argmax(logits, -1) == prediction.label_ids).mean())}
+    """The share of rows whose likeliest class is the right one.
+
+    Raises:
+        ValueError: the model has diverged; names the rows.
+    """
+    logits = logits_of(prediction.predictions)  # (rows, classes)
+    check_finite(logits, "Long-Range Arena, evaluation")
+    return {"accuracy": float((logits.argmax(-1) == labels_of(prediction.label_ids)).mean())}
 
 
 if __name__ == "__main__":

@@ -17,9 +17,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 
 import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
+from transnormer_hf.training.fine_tuning import check_length
+from transnormer_hf.training.predictions import check_finite
 from transnormer_hf.training.pretraining import Objective, PretrainingArguments, make_packing, pretrain
 
 
@@ -41,18 +49,33 @@ class DataArguments(PretrainingArguments):
             raise ValueError(f"--fill {self.fill!r} must hold <mask> once.")
 
 
-def fill_mask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: DataArguments, seed: int) -> str:
-    """The five likeliest tokens in the place of the mask, with their probabilities."""
+def masked_text(tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> tuple[list[int], int]:
+    """The tokens of the text with the gap, between special ones, and the column of the gap."""
     before, after = (
         tokenizer(part, add_special_tokens=False)["input_ids"]
         for part in args.fill.replace(" <mask>", "<mask>").split("<mask>")
     )
     packing = make_packing(MLM, tokenizer, args.max_seq_length)
     tokens = [*packing.first, *before, tokenizer.mask_token_id, *after, *packing.last]
-    place = len(packing.first) + len(before)
+    return tokens, len(packing.first) + len(before)
+
+
+def check_sample(tokenizer: PreTrainedTokenizerBase, args: DataArguments, config: PreTrainedConfig) -> None:
+    """Raise ValueError where the text with the gap has more tokens than the model has positions for."""
+    check_length(f"fill {args.fill!r}: a text of", len(masked_text(tokenizer, args)[0]), config)
+
+
+def fill_mask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: DataArguments, seed: int) -> str:
+    """The five likeliest tokens in the place of the mask, with their probabilities.
+
+    Raises:
+        ValueError: the model has diverged.
+    """
+    tokens, place = masked_text(tokenizer, args)
     model.eval()
     with torch.no_grad():
         logits = model(torch.tensor([tokens], device=model.device)).logits[0, place]  # (vocab_size,)
+    check_finite(logits.float().cpu().numpy()[None], "A sample")
     best = logits.float().softmax(-1).topk(5)
     choices = ", ".join(
         f"{tokenizer.decode([token]).strip()} {probability:.3f}"
@@ -61,7 +84,15 @@ def fill_mask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: 
     return f"{args.fill}\n<mask>: {choices}"
 
 
-MLM = Objective("mlm", AutoModelForMaskedLM, "max_seq_length", "fill-mask", "Perplexity per masked token", fill_mask)
+MLM = Objective(
+    "mlm",
+    AutoModelForMaskedLM,
+    "max_seq_length",
+    "fill-mask",
+    "Perplexity per masked token",
+    fill_mask,
+    check_sample,
+)
 
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:

@@ -1,15 +1,20 @@
 """The Triton kernels of DiagAttention, run by Triton's interpreter on the CPU, against the definition in float64."""
 
+import itertools
+
 import pytest
 import torch
 import triton.language as tl
 
-from transnormer_hf.model import diag_autograd_transnormer, diag_kernels_transnormer, diag_tiles_transnormer
-from transnormer_hf.model.diag_autograd_transnormer import diag_attention_backward, diag_attention_forward
-from transnormer_hf.model.diag_kernels_transnormer import TileSizes
-from transnormer_hf.model.kernels_transnormer import triton_diag_attention
+from transnormer_hf.model import ops_transnormer, triton_common_transnormer, triton_diag_transnormer
 from transnormer_hf.model.ops_transnormer import diag_attention, eager_diag_attention
 from transnormer_hf.model.reference_transnormer import LRPE, AttentionMetadata, attention_metadata
+from transnormer_hf.model.triton_common_transnormer import unsupported
+from transnormer_hf.model.triton_diag_transnormer import (
+    _diag_attention,
+    count_tiles,
+    triton_diag_attention,
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 LEFT = [[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 13]
@@ -25,15 +30,8 @@ def _poison(monkeypatch):
     def new_poisoned(shape, like, dtype=None):
         return torch.full(shape, float("nan"), dtype=dtype or like.dtype, device=like.device)
 
-    monkeypatch.setattr(diag_autograd_transnormer, "new_empty", new_poisoned)
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Tiles of 16 places, so that blocks of 17 and more are split."""
-    sizes = TileSizes(16, 16, 16)
-    monkeypatch.setattr(diag_kernels_transnormer, "tile_sizes", lambda *key: sizes)
-    monkeypatch.setattr(diag_autograd_transnormer, "tile_sizes", lambda *key: sizes)
+    for module in (triton_common_transnormer, triton_diag_transnormer):
+        monkeypatch.setattr(module, "new_empty", new_poisoned)
 
 
 def make_inputs(batch_size, num_heads, seq_len, head_dim, dtype=torch.float32):
@@ -144,7 +142,7 @@ def test_equals_definition_everywhere(seq_len, block_size, head_dim, activation)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [72, 128, 200, 256])
+@pytest.mark.parametrize("head_dim", [72, 96, 128])
 def test_wide_heads(head_dim):
     inputs, lrpe = make_inputs(1, 2, 70, head_dim)
     assert_equals_definition(inputs, lrpe, metadata=metadata_of(inputs), block_size=64, causal=True)
@@ -198,7 +196,7 @@ def test_packed_sequences(cu_seqlens):
 
 
 def test_more_packed_sequences_than_are_searched_at_once(monkeypatch):
-    monkeypatch.setattr(diag_tiles_transnormer, "SEQUENCES_AT_ONCE", tl.constexpr(4))
+    monkeypatch.setattr(triton_diag_transnormer, "SEQUENCES_AT_ONCE", tl.constexpr(4))
     inputs, lrpe = make_inputs(1, 1, 20, 16)
     metadata = metadata_of(inputs, cu_seqlens=[0, 3, 3, 3, 3, 3, 3, 5, 6, 17, 17])
     assert_equals_definition(inputs, lrpe, metadata=metadata, block_size=8)
@@ -213,36 +211,88 @@ def test_blocks_that_began_earlier():
 # blocks larger than a tile
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("case", ["left", "right", "interior", "nothing", "packed", "offset", "one block", "no lrpe"])
+def test_large_softmax_blocks(case, causal):
+    packed = case == "packed"
+    inputs, lrpe = make_inputs(1 if packed else 2, 2, 150 if case == "one block" else 450, 24)
+    masks = {
+        "left": [0] * 205 + [1] * 245,
+        "right": [1] * 120 + [0] * 330,
+        "interior": [1] * 9 + [0] * 221 + [1] * 220,
+        "nothing": [0] * 450,
+    }
+    mask = [masks[case], [1] * 450] if case in masks else None
+    offset = torch.tensor([0, 311]) if case == "offset" else 0
+    metadata = metadata_of(inputs, mask, [0, 7, 7, 239, 440] if packed else None, offset)
+    lrpe = None if case == "no lrpe" else lrpe
+    assert_equals_definition(inputs, lrpe, metadata=metadata, block_size=200, causal=causal)
+
+
+def test_large_blocks_in_half_precision():
+    inputs, lrpe = make_inputs(1, 1, 450, 16, torch.float16)
+    assert_equals_definition(inputs, lrpe, metadata=metadata_of(inputs), block_size=200, causal=True)
+
+
+def test_a_block_far_longer_than_the_sequence_takes_no_more_memory():
+    inputs, lrpe = make_inputs(1, 1, 20, 16)
+    assert_equals_definition(inputs, lrpe, metadata=metadata_of(inputs), block_size=10**7)
+
+
+def test_padding_values_do_not_leak_into_large_blocks():
+    inputs, _ = make_inputs(1, 1, 90, 16)
+    mask = torch.tensor([[1] * 70 + [0] * 20])
+    options = {"block_size": 80, "causal": False, "attention_mask": mask, "backend": "triton"}
+    output = diag_attention(*inputs, **options)
+    for tensor in inputs[1:]:
+        tensor[:, :, 70:] = float("nan")
+    assert torch.equal(diag_attention(*inputs, **options)[:, :, :70], output[:, :, :70])
+
+
+def test_dropout_in_large_blocks():
+    inputs, _ = make_inputs(2, 2, 80, 8)
+    inputs[2] = torch.ones(2, 2, 80, 8)
+    options = {"block_size": 80, "causal": False, "backend": "triton"}
+    torch.manual_seed(1)
+    output = diag_attention(*inputs, dropout_p=0.25, **options)
+    torch.manual_seed(1)
+    assert torch.equal(diag_attention(*inputs, dropout_p=0.25, **options), output)
+    assert output.std() > 0.01  # without dropout every entry is 1
+    assert abs(output.mean() - 1) < 0.02
+
+
+def test_kernels_refuse_large_relu_blocks():
+    inputs, _ = make_inputs(1, 1, 5, 16)
+    with pytest.raises(ValueError, match=r'block_size=200.*up to 64 tokens.*backend="auto"'):
+        diag_attention(*inputs, block_size=200, causal=True, activation="relu", backend="triton")
+
+
 @pytest.mark.parametrize(
-    ("causal", "activation", "dtype"),
-    [(True, "softmax", torch.float32), (False, "relu", torch.float16)],
+    ("block_size", "activation", "head_dim"), [(200, "relu", 24), (200, "softmax", 24), (16, "softmax", 136)]
 )
-def test_split_blocks(small_tiles, causal, activation, dtype):
-    inputs, lrpe = make_inputs(1, 1, 50, 16, dtype)
+def test_auto_always_works(block_size, activation, head_dim, monkeypatch):
+    """On a GPU, where "auto" means the kernels: what they do not take goes to plain torch."""
+    monkeypatch.setattr(ops_transnormer, "resolve_backend", lambda *_: "triton")
+    inputs, lrpe = make_inputs(1, 2, 210, head_dim)
+
+    def attend(query, key, value, lrpe, **arguments):
+        return diag_attention(query, key, value, lrpe=lrpe, **arguments)
+
     assert_equals_definition(
-        inputs, lrpe, metadata=metadata_of(inputs), block_size=40, causal=causal, activation=activation
+        inputs, lrpe, metadata=metadata_of(inputs), block_size=block_size, activation=activation, function=attend
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("activation", ["softmax", "relu"])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("case", ["left", "interior", "nothing", "packed", "offset", "no lrpe"])
-def test_split_blocks_everywhere(small_tiles, activation, causal, case):
-    packed = case == "packed"
-    inputs, lrpe = make_inputs(1 if packed else 2, 2, 39, 24)
-    masks = {"left": [0] * 5 + [1] * 34, "interior": [1] * 9 + [0] * 21 + [1] * 9, "nothing": [0] * 39}
-    mask = [masks[case], [1] * 39] if case in masks else None
-    metadata = metadata_of(inputs, mask, [0, 7, 7, 39] if packed else None, 11 if case == "offset" else 0)
-    lrpe = None if case == "no lrpe" else lrpe
-    assert_equals_definition(inputs, lrpe, metadata=metadata, block_size=24, causal=causal, activation=activation)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("block_size", [128, 130, 256])
-def test_large_blocks(block_size):
-    inputs, lrpe = make_inputs(1, 1, 140, 16, torch.float16)
-    assert_equals_definition(inputs, lrpe, metadata=metadata_of(inputs), block_size=block_size, causal=True)
+@pytest.mark.parametrize(
+    "changes", [{}, {"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"width": 12}, {"width": 136}]
+)
+def test_what_the_kernels_take(changes):
+    query = torch.empty(1, 1, 4, changes.get("width", 16), dtype=changes.get("dtype", torch.float32))
+    reason = unsupported(query, query, query)
+    if changes in ({}, {"dtype": torch.bfloat16}):
+        assert reason is None
+    else:
+        assert str(next(iter(changes.values()))) in reason
 
 
 # memory
@@ -316,13 +366,13 @@ def test_householder_gradient():
 # dropout
 
 
-def dropout_case(block_size=16):
+def dropout_case():
     """Inputs whose output is the map itself: one block, values the identity."""
     inputs, lrpe = make_inputs(2, 2, 16, 16)
     inputs[2] = torch.eye(16).expand(2, 2, 16, 16)
     return inputs, {
         "metadata": metadata_of(inputs),
-        "block_size": block_size,
+        "block_size": 16,
         "causal": False,
         "activation": "softmax",
         "scale": 0.25,
@@ -330,9 +380,8 @@ def dropout_case(block_size=16):
     }
 
 
-@pytest.mark.parametrize("block_size", [16, pytest.param(32, id="split")])
-def test_dropout_drops_and_scales(small_tiles, block_size):
-    inputs, arguments = dropout_case(block_size)
+def test_dropout_drops_and_scales():
+    inputs, arguments = dropout_case()
     weights = triton_diag_attention(*inputs, **arguments, dropout_p=0.0)
     dropped = triton_diag_attention(*inputs, **arguments, dropout_p=0.3)
     kept = dropped != 0
@@ -345,10 +394,9 @@ def test_dropout_drops_and_scales(small_tiles, block_size):
 
 
 @pytest.mark.parametrize("activation", ["softmax", "relu"])
-@pytest.mark.parametrize("block_size", [16, pytest.param(32, id="split")])
-def test_dropout_is_the_same_in_backward(small_tiles, activation, block_size):
+def test_dropout_is_the_same_in_backward(activation):
     """The mask is read off a forward pass with identity values; with it, torch's autograd gives the gradients."""
-    inputs, arguments = dropout_case(block_size)
+    inputs, arguments = dropout_case()
     arguments["activation"] = activation
     torch.manual_seed(5)
     with_identity = triton_diag_attention(*inputs, **arguments, dropout_p=0.3)
@@ -394,24 +442,17 @@ def operator_arguments(seq_len=9, dropout=False, mask=False):
 @pytest.mark.parametrize("case", [{}, {"seq_len": 13, "dropout": True, "mask": True}])
 def test_opcheck(case, monkeypatch):
     monkeypatch.undo()  # no poison: NaN is not equal to NaN
-    torch.library.opcheck(diag_attention_forward, operator_arguments(**case))
+    torch.library.opcheck(_diag_attention.operator, operator_arguments(**case))
 
 
-def test_opcheck_of_split_blocks(small_tiles, monkeypatch):
-    arguments = list(operator_arguments())
-    arguments[9] = 40
-    torch.library.opcheck(diag_attention_forward, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
-
-
-def test_opcheck_of_backward():
+@pytest.mark.parametrize("needs_theta", [False, True])
+def test_opcheck_of_backward(needs_theta):
     arguments = [
         argument.detach() if isinstance(argument, torch.Tensor) else argument for argument in operator_arguments()
     ]
-    _, _, table = diag_attention_forward(*arguments)
-    grad = torch.randn(2, 1, 9, 16)
     torch.library.opcheck(
-        diag_attention_backward,
-        (grad, *arguments[:3], None, None, table, *arguments[3:]),
+        _diag_attention.backward_operator,
+        (torch.randn(2, 1, 9, 16), *arguments, needs_theta),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -436,19 +477,45 @@ def test_compiles_without_graph_break():
         torch.testing.assert_close(plain, compiled)
 
 
-def test_empty_input():
-    inputs, lrpe = make_inputs(0, 2, 12, 16)
-    output = triton_diag_attention(
-        *inputs,
-        metadata=metadata_of(inputs),
-        block_size=8,
-        causal=True,
-        activation="relu",
-        scale=1.0,
-        lrpe=lrpe,
-        dropout_p=0.0,
+@pytest.mark.parametrize("block_size", [1, 8, 200])
+@pytest.mark.parametrize("shape", [(0, 2, 12, 16), (2, 2, 0, 16), (2, 0, 12, 16)], ids=["batch", "sequence", "heads"])
+def test_empty_inputs(shape, block_size):
+    query = torch.randn(shape, requires_grad=True)
+    theta = torch.ones(8, requires_grad=True)
+    output = diag_attention(
+        query, query, query, block_size=block_size, causal=True, lrpe=(theta, torch.ones(16)), backend="triton"
     )
-    assert output.shape == (0, 2, 12, 16)
+    assert output.shape == shape
+    grads = torch.autograd.grad(output.sum(), (query, theta))
+    assert grads[0].shape == shape
+    assert not grads[1].any()
+
+
+def test_empty_packed_sequences():
+    query = torch.randn(1, 2, 0, 16)
+    for block_size in (8, 200):
+        output = diag_attention(
+            query,
+            query,
+            query,
+            block_size=block_size,
+            causal=True,
+            cu_seqlens=torch.tensor([0, 0, 0]),
+            backend="triton",
+        )
+        assert output.shape == query.shape
+
+
+def test_the_grid_has_a_program_for_every_block():
+    """Whatever position the row starts at, and however the packed sequences are cut."""
+    for seq_len in (1, 63, 64, 65, 200):
+        for block_size in (1, 7, 33, 64):
+            tokens = 64 // block_size * block_size
+            for offset in range(block_size):
+                assert count_tiles(seq_len, block_size, None) * tokens >= seq_len + offset
+            for cuts in ([0, seq_len], [0] * 5 + [seq_len], list(range(seq_len + 1))):
+                needed = sum(-(-(end - begin) // tokens) for begin, end in itertools.pairwise(cuts))
+                assert count_tiles(seq_len, block_size, torch.tensor(cuts)) >= needed
 
 
 # errors
@@ -459,6 +526,7 @@ def test_empty_input():
     [
         (lambda tensor: tensor.double(), "float64"),
         (lambda tensor: tensor[..., :12], "head_dim=12"),
+        (lambda tensor: tensor.repeat(1, 1, 1, 9), "head_dim=144"),
         (lambda tensor: tensor.to("meta"), "meta"),
     ],
 )
@@ -468,7 +536,21 @@ def test_what_is_not_supported_says_so(change, message):
         diag_attention(*(change(tensor) for tensor in inputs), block_size=4, causal=True, backend="triton")
 
 
-def test_inputs_must_be_alike():
+def test_query_and_value_must_be_equally_wide():
     inputs, _ = make_inputs(1, 1, 4, 16)
-    with pytest.raises(ValueError, match="all three alike"):
-        diag_attention(inputs[0], inputs[1], inputs[2].half(), block_size=4, causal=True, backend="triton")
+    with pytest.raises(ValueError, match="value has head_dim=8 and query head_dim=16"):
+        diag_attention(inputs[0], inputs[1], inputs[2][..., :8], block_size=4, causal=True, backend="triton")
+
+
+@pytest.mark.parametrize("block_size", [4, 80])
+def test_mixed_dtypes_are_promoted(block_size):
+    """A float32 key is not rounded because the query is float16."""
+    inputs, lrpe = make_inputs(1, 1, 90, 16)
+    mixed = [inputs[0].half(), inputs[1], inputs[2]]
+    options = {"block_size": block_size, "causal": True, "lrpe": lrpe}
+    output = diag_attention(*mixed, backend="triton", **options)
+    expected = diag_attention(*(tensor.double() for tensor in mixed), backend="eager", **options)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+    mixed = [inputs[0], inputs[1], inputs[2].half()]
+    assert diag_attention(*mixed, backend="triton", **options).dtype == torch.float16

@@ -12,19 +12,16 @@ import pytest
 import torch
 
 import transnormer_hf
+from kernels.diag import KERNELS as DIAG_KERNELS
+from kernels.norm import KERNELS
+from kernels.registry import compile_arguments
 from transnormer_hf import TransNormerConfig, TransNormerForCausalLM, TransNormerForMaskedLM
-from transnormer_hf.model import norm_autograd_transnormer, rms_kernels_transnormer
-from transnormer_hf.model.diag_autograd_transnormer import diag_attention_forward
-from transnormer_hf.model.diag_kernels_transnormer import KERNELS as DIAG_KERNELS
-from transnormer_hf.model.norm_autograd_transnormer import (
-    norm_attention_backward,
-    norm_attention_forward,
-    norm_attention_step,
-)
-from transnormer_hf.model.norm_kernels_transnormer import KERNELS
+from transnormer_hf.model import triton_common_transnormer, triton_norm_transnormer
 from transnormer_hf.model.ops_transnormer import diag_attention, norm_attention
 from transnormer_hf.model.reference_transnormer import LRPE
-from transnormer_hf.model.rms_kernels_transnormer import rms_norm_backward, rms_norm_forward
+from transnormer_hf.model.triton_common_transnormer import _rms_norm
+from transnormer_hf.model.triton_diag_transnormer import _diag_attention
+from transnormer_hf.model.triton_norm_transnormer import _norm_attention, segment_table
 
 BOTH = pytest.mark.parametrize("causal", [False, True])
 SOURCE = Path(transnormer_hf.__file__).parent / "model"
@@ -64,34 +61,27 @@ def test_opcheck_norm_attention(kind, causal):
     for tensor in (query, key, value, lrpe.theta):
         tensor.requires_grad_()
     is_real = torch.tensor([[1] * 4 + [0]]).bool() if kind == "mask" else None
-    cu_seqlens = torch.tensor([0, 2, 5]) if kind == "packed" else None
+    table = segment_table(torch.tensor([0, 2, 5]), 5) if kind == "packed" else None
     positions = torch.tensor([0, 1, 0, 1, 2]) if kind == "packed" else torch.arange(5)
-    state = None if kind == "mask" else torch.randn(3 if kind == "packed" else 1, 1, 8, 8, requires_grad=True)
-    arguments = (query, key, value, positions, is_real, cu_seqlens, *lrpe, state, causal, "1+elu", state is not None)
-    torch.library.opcheck(norm_attention_forward, arguments)
+    state = None if kind == "mask" else torch.randn(2 if kind == "packed" else 1, 1, 8, 8, requires_grad=True)
+    arguments = (query, key, value, positions, is_real, table, *lrpe, state, causal, "1+elu")
+    torch.library.opcheck(_norm_attention.operator, arguments)
 
     with torch.no_grad():
-        output, new_state, partials = norm_attention_forward(*arguments)
-    *inputs, causal, feature_map, return_state = arguments
+        output, final, states = _norm_attention(*arguments)
+    *inputs, state, causal, feature_map = arguments
     detached = [tensor if tensor is None else tensor.detach() for tensor in inputs]
-    new_grad = torch.randn_like(new_state) if return_state else None
-    arguments = (torch.randn_like(output), new_grad, *detached, new_state, partials, causal, feature_map, return_state)
-    torch.library.opcheck(norm_attention_backward, arguments)
-
-
-def test_opcheck_step():
-    (query, key, value), lrpe = make_inputs(2, 1)
-    state = torch.randn(2, 2, 8, 8)
-    arguments = (query, key, value, state, torch.tensor([[3], [7]]), None, *lrpe, "elu")
-    torch.library.opcheck(norm_attention_step, arguments)
+    final_grad = None if state is None else torch.randn_like(final)
+    arguments = (torch.randn_like(output), final_grad, *detached, final, states, causal, feature_map)
+    torch.library.opcheck(_norm_attention.backward_operator, arguments)
 
 
 def test_opcheck_simple_rms_norm():
     hidden_states = torch.randn(3, 5, 24, requires_grad=True)
-    torch.library.opcheck(rms_norm_forward, (hidden_states, 1e-8))
+    torch.library.opcheck(_rms_norm.operator, (hidden_states, 1e-8))
     with torch.no_grad():
-        normed, rms = rms_norm_forward(hidden_states, 1e-8)
-    torch.library.opcheck(rms_norm_backward, (torch.randn(3, 5, 24), normed, rms, 1e-8))
+        normed, rms = _rms_norm(hidden_states, 1e-8)
+    torch.library.opcheck(_rms_norm.backward_operator, (torch.randn(3, 5, 24), normed, rms, 1e-8))
 
 
 # torch.compile
@@ -139,7 +129,7 @@ def test_compiled_model_has_no_graph_break(variant):
 
 
 def test_compiled_lengths_share_a_graph():
-    """A new length is not a new graph: what it decides (short or not, how many segments) are a few ranges."""
+    """A new length is not a new graph; how many segments it has changes every 256 tokens only."""
     graphs = []
 
     def count(graph, _):
@@ -160,20 +150,16 @@ def test_compiled_lengths_share_a_graph():
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The names of the kernels of NormAttention and its norm, in the order in which they are launched."""
+    """The names of the kernels of NormAttention and SimpleRMSNorm, in the order in which they are launched."""
     names = []
-    launch, launch_norm = norm_autograd_transnormer._Launch.__call__, rms_kernels_transnormer._launch
 
-    def spy(self, kernel, name, *arguments, **options):
-        names.append(name)
-        return launch(self, kernel, name, *arguments, **options)
+    def spy(kernel, *arguments, **options):
+        names.append(kernel.__name__)
+        return launch(kernel, *arguments, **options)
 
-    def spy_on_norm(kernel, *arguments, **options):
-        names.append("norm" if kernel is rms_kernels_transnormer.norm_kernel else "norm_backward")
-        return launch_norm(kernel, *arguments, **options)
-
-    monkeypatch.setattr(norm_autograd_transnormer._Launch, "__call__", spy)
-    monkeypatch.setattr(rms_kernels_transnormer, "_launch", spy_on_norm)
+    launch = triton_common_transnormer.launch
+    monkeypatch.setattr(triton_common_transnormer, "launch", spy)
+    monkeypatch.setattr(triton_norm_transnormer, "launch", spy)
     return names
 
 
@@ -207,7 +193,7 @@ def test_a_model_uses_the_fused_norm(attention_norm_type, launches):
     model = tiny_model("t2", "triton", attention_norm_type=attention_norm_type, norm_type="simple_rms")
     model(torch.randint(3, 40, (2, 5))).logits.sum().backward()
     norms = 4 + (attention_norm_type == "simple_rms")  # two for each of two layers, and that of the attention
-    assert launches.count("norm") == launches.count("norm_backward") == norms
+    assert launches.count("rms_norm_kernel") == launches.count("rms_norm_backward_kernel") == norms
 
 
 def test_a_model_without_the_kernels_launches_none(launches):
@@ -218,8 +204,8 @@ def test_a_model_without_the_kernels_launches_none(launches):
 
 @pytest.mark.parametrize("variant", ["t1", "t2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_generation_steps_through_the_state_in_place(variant, dtype, launches):
-    """Broken caches: decoding behind padding gives the scores of plain torch, with one step kernel for each token."""
+def test_generation_gives_the_scores_of_plain_torch(variant, dtype, launches):
+    """Broken caches: decoding behind padding; the prompt goes through the kernels, the steps after it need none."""
     input_ids = torch.randint(3, 40, (2, 6))
     attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     scores = []
@@ -239,7 +225,7 @@ def test_generation_steps_through_the_state_in_place(variant, dtype, launches):
             )
         )
         scores.append(torch.stack(generated.scores)[..., 3:])  # the special tokens are forbidden
-    assert launches.count("step") == 4  # the first token comes with the prompt
+    assert launches.count("output_kernel") == 1
     torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
 
 
@@ -282,16 +268,16 @@ def test_sums_use_no_atomics():
 
 def test_copies_of_the_package_have_operators_of_their_own():
     """Copied kernels that go stale: a repository's own copy, perhaps another revision, works beside the package."""
-    before = norm_autograd_transnormer.NAMESPACE
+    before = triton_common_transnormer.NAMESPACE
     name = "a_repository.with_a.copy_of_it"
     for parent in ("a_repository", "a_repository.with_a", name):
         spec = importlib.util.spec_from_loader(parent, loader=None, is_package=True)
         sys.modules[parent] = importlib.util.module_from_spec(spec)
     sys.modules[name].__path__ = [str(SOURCE)]
     try:
-        copy = importlib.import_module(f"{name}.norm_autograd_transnormer")
-        assert before != copy.NAMESPACE
-        assert copy.norm_attention_forward._qualname != norm_attention_forward._qualname
+        copy = importlib.import_module(f"{name}.triton_norm_transnormer")
+        assert before not in copy._norm_attention.operator._qualname
+        assert copy._norm_attention.operator._qualname != _norm_attention.operator._qualname
         (query, key, value), _ = make_inputs(1, 5)
         metadata = copy.AttentionMetadata(torch.arange(5))
         options = {"causal": True, "feature_map": "elu", "lrpe": None, "initial_state": None, "return_state": False}
@@ -324,10 +310,10 @@ def test_both_directions_and_every_kernel_on_the_cpu():
             assert norm_attention(query, key, value, causal=causal, backend=backend)[0].shape == value.shape
             output = diag_attention(query, key, value, block_size=4, causal=causal, backend=backend)
             assert output.shape == value.shape
-    assert isinstance(diag_attention_forward, torch._library.custom_ops.CustomOpDef)
+    assert isinstance(_diag_attention.operator, torch._library.custom_ops.CustomOpDef)
 
 
-@pytest.mark.parametrize("head_dim", [8, 40, 136, 256])
+@pytest.mark.parametrize("head_dim", [8, 40, 120])
 def test_any_head_dim_that_is_a_multiple_of_8(head_dim):
     """Head widths that are refused: the kernels pad inside."""
     (query, key, value), lrpe = make_inputs(1, 3, head_dim, num_heads=1)
@@ -339,13 +325,32 @@ def test_any_head_dim_that_is_a_multiple_of_8(head_dim):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("seq_len", [1, 5, 128])
-def test_a_short_sequence_is_one_launch(seq_len, launches):
-    """Slow on short inputs: forward and backward are one kernel each, without a state in memory."""
-    (query, key, value), lrpe = make_inputs(2, seq_len)
-    output, _ = norm_attention(query.requires_grad_(), key, value, causal=False, lrpe=lrpe, backend="triton")
+@BOTH
+@pytest.mark.parametrize("seq_len", [1, 5, 300])
+def test_every_length_is_six_launches(seq_len, causal, launches):
+    """One form for all: three kernels forward and three backward."""
+    (query, key, value), lrpe = make_inputs(1, seq_len, num_heads=1)
+    output, _ = norm_attention(query.requires_grad_(), key, value, causal=causal, lrpe=lrpe, backend="triton")
     output.sum().backward()
-    assert launches == ["step" if seq_len == 1 else "short", "short_backward"]
+    sums = ["sum_kernel", "scan_kernel"]
+    assert launches == [*sums, "output_kernel", *sums, "gradient_kernel"]
+
+
+def test_every_kernel_can_be_compiled_ahead_of_time():
+    """The registry names each parameter of each kernel."""
+    for spec in (*KERNELS, *DIAG_KERNELS):
+        for head_dim in (16, 64, 128):
+            for variant in spec.variants("sm_90", "bf16", head_dim):
+                names = set(spec.function.arg_names)
+                assert set(variant.types) | set(variant.constexprs) <= names
+                arguments = compile_arguments(spec, variant)
+                assert list(arguments.signature) == spec.function.arg_names
+                unnamed = names - set(variant.types) - set(variant.constexprs)
+                assert all(name.endswith("_stride") or name in INTEGERS for name in unnamed), unnamed
+
+
+INTEGERS = {"seq_len", "segments", "num_states", "num_rows"}
+INTEGERS |= {"num_heads", "num_sequences", "tiles_per_row", "block_size"}
 
 
 def test_modules_compile_and_probe_nothing():

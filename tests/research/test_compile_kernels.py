@@ -32,7 +32,7 @@ def report_of(tmp_path, *arguments):
     return process, json.loads(output.read_text())["kernels"]
 
 
-@pytest.mark.parametrize(("kernel", "variant"), [("diag_tile", "no lrpe"), ("norm_state", "identity")])
+@pytest.mark.parametrize(("kernel", "variant"), [("diag_tile", "no lrpe"), ("norm_sum", "identity")])
 def test_subset_for_all_default_targets(tmp_path, kernel, variant):
     process, rows = report_of(
         tmp_path, "--kernels", kernel, "--variants", variant, "--dtypes", "bf16", "--head_dims", "32", "--jobs", "1"
@@ -75,7 +75,7 @@ def test_quick_is_the_last_variant_of_each():
     assert quick == list(last.values())
 
 
-@pytest.mark.parametrize("kernel", ["norm_state", "diag_tile_forward"])
+@pytest.mark.parametrize("kernel", ["norm_sum", "diag_tile_forward"])
 def test_heads_of_any_width_are_read_16_bytes_at_a_time(kernel):
     """A head of 24 channels begins at a multiple of 8 elements, which is no multiple of 16."""
     code = (

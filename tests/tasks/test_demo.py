@@ -3,6 +3,7 @@
 import bz2
 import csv
 
+import numpy as np
 import pytest
 from transformers import pipeline
 
@@ -71,6 +72,14 @@ def test_it_trains_saves_and_classifies_in_a_process_without_the_package(reviews
     # The process without the package said what the package says.
     for text, here in zip(texts, pipeline("text-classification", model=str(folder))(texts), strict=True):
         assert f"{here['label']:<6}  {here['score']:.2f}  {text}" in printed
+
+
+def test_a_model_that_has_diverged_has_no_accuracy():
+    from transformers import EvalPrediction
+
+    prediction = EvalPrediction(np.array([[0.0, 1.0], [np.nan, np.nan]]), np.array([1, 0]))
+    with pytest.raises(ValueError, match=r"The held-out films: .* in 1 of 2 rows \(row 2\)"):
+        demo.accuracy(prediction)
 
 
 def test_bad_arguments_are_named(tmp_path, capsys):

@@ -197,7 +197,7 @@ BAD_FILES = [
     ("sst2", "x.tsv", "sentence\tlabel\na\tb\t1\n", r"line 2: 3 fields, expected 2 \(sentence, label\)"),
     ("cola", "x.tsv", "good\t1\n", r"2 fields, expected 4 \(source, label, .*as there is no header"),
     ("qqp", "x.tsv", "question1\tquestion2\tis_duplicate\na\tb\t1\na\n", r"1 of 2 rows are broken"),
-    ("sst2", "x.csv", "sentence,label\na,1,2\n", r"line 2: expected 2 fields"),
+    ("sst2", "x.csv", "sentence,label\na,1,2\n", r"line 2: 3 fields, expected 2 \(sentence, label\)"),
     ("sst2", "x.csv", 'sentence,label\n"a,1\n', r"x\.csv, line 2: expected UTF-8 csv"),
     ("stsb", "x.csv", "sentence1,sentence2,score\na,b,5.5\n", r"column 'score': unknown score '5.5', .* from 0 to 5"),
     ("stsb", "x.csv", "sentence1,sentence2,score\na,b,high\n", r"unknown score 'high'"),
@@ -207,7 +207,7 @@ BAD_FILES = [
     ("sst2", "x.json", "sentence\n", r"line 1: expected one JSON object a line"),
     ("sst2", "x.parquet", "sentence\n", r"x\.parquet: expected a parquet file"),
     ("sst2", "x.tsv", "sentence\tlabel\n", r"x\.tsv: no rows of task sst2"),
-    ("sst2", "x.txt", "sentence\n", r"unknown extension '\.txt', expected one of \.tsv, \.csv"),
+    ("sst2", "x.txt", "sentence\n", r"x\.txt: unknown extension, expected one of \.tsv, \.csv"),
 ]
 
 
@@ -357,11 +357,14 @@ def test_constant_predictions_have_a_defined_value(name, value):
     assert all(np.isfinite(list(metrics.values())))
 
 
-@pytest.mark.usefixtures("offline")
-def test_a_diverged_regression_counts_as_zero_and_is_told(caplog):
-    metrics = compute_glue_metrics(TASKS["stsb"], np.array([np.nan, 1.0]), np.array([1.0, 2.0]))
-    assert metrics == {"pearson": 0.0, "spearmanr": 0.0, "combined_score": 0.0}
-    assert "not finite" in caplog.text
+@pytest.mark.parametrize("name", ["stsb", "sst2"])
+def test_predictions_that_are_no_numbers_are_neither_scored_nor_written(name, tmp_path):
+    predictions = np.array([1.0, np.nan, 1.0])
+    with pytest.raises(ValueError, match=r"in 1 of 3 rows \(row 2\)"):
+        compute_glue_metrics(TASKS[name], predictions, np.array([1.0, 1.0, 0.0]))
+    with pytest.raises(ValueError, match=r"in 1 of 3 rows \(row 2\)"):
+        write_submission(tmp_path, TASKS[name], "test", predictions)
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluate_is_used_where_the_hub_is_reachable(monkeypatch):

@@ -151,12 +151,18 @@ def test_retrieval_reads_the_arena_file_and_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("task", "name", "content", "message"),
     [
-        ("text", "a.jsonl", '{"label": 1}', r"a\.jsonl, row 1: no 'text'; Text needs text, label"),
-        ("text", "a.jsonl", '{"text": "a", "label": 2}', r"a\.jsonl, row 1: label 2 must be a number from 0 to 1"),
-        ("image", "a.jsonl", '{"pixels": "", "label": 1}', r"a\.jsonl, row 1: expected grey values"),
-        ("text", "a.tsv", "1\ttext", r"a\.tsv, line 1: Text expects json lines, csv or parquet"),
-        ("retrieval", "a.tsv", "1\ttext", r"a\.tsv, line 1: Retrieval expects 5 fields: label, two ids, two texts"),
-        ("listops", "a.tsv", "3\t[SUM 1 2 ]", r"a\.tsv, row 1: '\[SUM' is not a token of ListOps"),
+        ("text", "a.jsonl", '{"label": 1}', r"a\.jsonl, line 1: no 'text'; Text needs text, label, found label"),
+        ("text", "a.jsonl", '{"text": "a", "label": 2}', r"a\.jsonl, line 1: unknown label 2, expected 0 to 1"),
+        ("text", "a.jsonl", '{"text": "a", "label": "²"}', r"a\.jsonl, line 1: unknown label '²', expected 0 to 1"),
+        ("text", "a.jsonl", '{"text": 7, "label": 1}', r"a\.jsonl, line 1, column 'text': expected a text, got 7"),
+        ("text", "a.jsonl", '{"text": "a", "label": 1}\n', r"a\.jsonl, line 2: blank, expected one JSON object"),
+        ("image", "a.jsonl", '{"pixels": "", "label": 1}', r"a\.jsonl, line 1: expected grey values"),
+        ("text", "a.tsv", "1\ttext\n0\tother", r"a\.tsv, line 2: no 'label'; Text needs text, label, found 1, text"),
+        ("retrieval", "a.tsv", "1\ta\tb\n1\tc\td", r"a\.tsv, line 2: no 'text1'; Retrieval needs text1, text2, label"),
+        ("retrieval", "a.tsv", "1\t2\t3\ta\tb\n1\tc", r"a\.tsv, line 2: 2 fields, expected 5 \(label, id1, id2, text1"),
+        ("listops", "a.tsv", "3\t[SUM 1 2 ]", r"a\.tsv, line 1: '\[SUM' is not a token of ListOps"),
+        ("listops", "a.tsv", "3\t[SM 1 2 ]\n\n4\t[SM 1 3 ]", r"a\.tsv, line 2: blank, expected 2 \(label, source\)"),
+        ("listops", "a.tsv", "3\t( )", r"a\.tsv, line 1: '\( \)' is no ListOps sequence"),
     ],
 )
 def test_a_broken_row_is_named_with_what_was_expected(task, name, content, message, tmp_path):

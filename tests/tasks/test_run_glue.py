@@ -299,6 +299,115 @@ def test_pushing_uploads_this_card_and_not_a_draft(arguments, tmp_path, monkeypa
     assert "model-index" in uploaded[-1]
 
 
+# ---- Rows and predictions ----
+
+
+def test_every_row_of_a_test_file_is_predicted_in_order(arguments, tokenizer_dir, tmp_path):
+    out = tmp_path / "out"
+    run_glue.main(arguments("--do_train", num_train_epochs=8))
+    file = tmp_path / "test.tsv"
+    texts = [sentence("negative", 1), "", sentence("positive", 2), sentence("negative", 3), ""]
+    file.write_text("\n".join(["sentence", *texts]) + "\n")
+    base = {"model_name_or_path": out, "config_name": None, "data_dir": None, "test_file": file}
+    for changes in ({}, {"per_device_eval_batch_size": 2}, {"dataloader_drop_last": True}):
+        run_glue.main(arguments("--do_predict", **base, **changes))
+        labels = [line.split("\t")[1] for line in (out / "SST-2.tsv").read_text().splitlines()[1:]]
+        assert len(labels) == len(texts)
+        assert (labels[0], labels[2], labels[3]) == ("0", "1", "0")
+        assert labels[1] == labels[4]
+
+
+@pytest.mark.parametrize("pad_to_max_length", [False, True])
+def test_a_text_of_no_tokens_is_the_end_of_text(pad_to_max_length, arguments, configs, tokenizer_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer._tokenizer.post_processor = None  # which adds [CLS] and [SEP]
+    tokenizer.save_pretrained(tmp_path / "bare")
+    file = tmp_path / "rows.tsv"
+    file.write_text("sentence\tlabel\n" + "\t1\n" * 3)
+    files = {"data_dir": None, "train_file": file, "validation_file": file, "test_file": file}
+    files |= {"config_name": configs["transnormer"], "tokenizer_name": tmp_path / "bare", "max_steps": 1}
+    flags = ["--do_train", "--do_eval", "--do_predict", *(["--pad_to_max_length"] if pad_to_max_length else [])]
+    results = run_glue.main(arguments(*flags, **files))
+    assert results["eval_samples"] == 3
+    labels = [line.split("\t")[1] for line in (tmp_path / "out" / "SST-2.tsv").read_text().splitlines()[1:]]
+    assert len(set(labels)) == 1
+    assert len(labels) == 3
+
+
+def diverged(arguments, configs, folder: Path) -> Path:
+    """A checkpoint whose logits are NaN for texts with the word "poor"."""
+    run_glue.main(arguments("--do_train", config_name=configs["transnormer"], max_steps=1, output_dir=folder))
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model.model.embed_tokens.weight.data[tokenizer.convert_tokens_to_ids("poor")] = float("nan")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_diverged_model_is_named_with_its_rows_and_nothing_is_written(arguments, configs, tmp_path):
+    base = diverged(arguments, configs, tmp_path / "base")
+    file = tmp_path / "rows.tsv"
+    file.write_text("sentence\tlabel\n" + "".join(f"a {word} film\t1\n" for word in ("good", "poor", "bad", "poor")))
+    files = {"model_name_or_path": base, "config_name": None, "tokenizer_name": None, "data_dir": None}
+    healthy = tmp_path / "train.tsv"
+    healthy.write_text("sentence\tlabel\n" + "a good film\t1\n" * 8)
+    files |= {"train_file": healthy, "validation_file": file, "test_file": file}
+    message = r"SST-2, {}: the model's outputs are not finite numbers in 2 of 4 rows \(row 2, 4\)"
+    best = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 2}
+    for flags, changes, split in (
+        (["--do_eval"], {}, "evaluation"),
+        (["--do_eval"], {"per_device_eval_batch_size": 1, "eval_do_concat_batches": False}, "evaluation"),
+        (["--do_predict"], {}, "test"),
+        (["--do_train", "--do_eval", "--load_best_model_at_end"], {**best, "learning_rate": 0}, "evaluation"),
+    ):
+        with pytest.raises(ValueError, match=message.format(split)):
+            run_glue.main(arguments(*flags, **files, **changes))
+        assert not list((tmp_path / "out").glob("**/*.tsv"))
+        assert not list((tmp_path / "out").glob("**/*results.json"))
+
+
+def test_a_diverged_loss_is_written_as_such(arguments, configs, tmp_path):
+    base = diverged(arguments, configs, tmp_path / "base")
+    file = tmp_path / "rows.tsv"
+    file.write_text("sentence\tlabel\n" + "a poor film\t1\n" * 8)
+    files = {"model_name_or_path": base, "config_name": None, "tokenizer_name": None, "data_dir": None}
+    results = run_glue.main(arguments("--do_train", **files, train_file=file))
+    assert results["train_loss"] != results["train_loss"]  # NaN
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eval_do_concat_batches": False},
+        {"eval_accumulation_steps": 1},
+        {"label_smoothing_factor": 0.1},
+        {"train_sampling_strategy": "group_by_length"},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"remove_unused_columns": False},
+        {"neftune_noise_alpha": 5.0},
+    ],
+)
+def test_an_evaluation_is_the_same_whatever_the_trainer_is_told(options, arguments, tmp_path):
+    flags = ("--do_train", "--do_eval", "--do_predict")
+    results = run_glue.main(arguments(*flags, max_steps=2, **options))
+    base = {"model_name_or_path": tmp_path / "out", "config_name": None, "output_dir": tmp_path / "eval"}
+    plain = run_glue.main(arguments("--do_eval", "--do_predict", **base))
+    assert results["eval_accuracy"] == plain["eval_accuracy"]
+    if "label_smoothing_factor" not in options:
+        assert results["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+    assert (tmp_path / "out" / "SST-2.tsv").read_text() == (tmp_path / "eval" / "SST-2.tsv").read_text()
+
+
+def test_mismatched_rows_are_evaluated_with_persistent_workers(arguments, tmp_path):
+    header = "index\tsentence1\tsentence2\tgold_label\n"
+    for name, rows in (("train", 6), ("dev_matched", 6), ("dev_mismatched", 3)):
+        (tmp_path / f"{name}.tsv").write_text(header + "0\ta good film\ta bad film\tneutral\n" * rows)
+    options = {"task_name": "mnli", "data_dir": tmp_path, "max_steps": 20, "learning_rate": 1e-2}
+    (tmp_path / "dev_mismatched.tsv").write_text(header + "0\ta good film\ta bad film\tentailment\n" * 3)
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    results = run_glue.main(arguments("--do_train", "--do_eval", **options, **workers))
+    assert (results["eval_accuracy"], results["eval_accuracy_mm"]) == (1.0, 0.0)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_one_writes(arguments, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
@@ -337,6 +446,9 @@ def test_what_a_configuration_derives_follows_the_overrides(tokenizer_dir, tmp_p
 # ---- Bad input ----
 
 TRAIN = ("--do_train",)
+SMALL_ROBERTA = (
+    "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,max_position_embeddings=64"
+)
 BAD_ARGUMENTS = [
     (TRAIN, {"task_name": "sst"}, r"--task_name 'sst' is not a GLUE task: choose one of cola"),
     (TRAIN, {"task_name": None}, r"--task_name None is not a GLUE task"),
@@ -380,6 +492,12 @@ BAD_ARGUMENTS = [
     ),
     (TRAIN, {"task_name": "rte"}, r"train\.tsv, line 2: no column 'sentence1' for task rte"),
     (TRAIN, {"max_seq_length": 65}, r"--max_seq_length 65 is more than the 64 tokens that the model takes"),
+    (TRAIN, {"max_seq_length": 2}, r"--max_seq_length 2 leaves no room beside the tokenizer's 2 special tokens: .* 3"),
+    (
+        TRAIN,
+        {"config_name": None, "model_type": "roberta", "config_overrides": SMALL_ROBERTA, "max_seq_length": 64},
+        r"--max_seq_length 64 is more than the 63 tokens that the model takes: its positions begin behind",
+    ),
     (TRAIN, {"max_train_samples": 0}, r"--max_train_samples 0 must be at least 1"),
     (TRAIN, {"seeds": "1;2"}, r"--seeds '1;2' must be whole numbers with commas"),
     (TRAIN, {"seeds": "1,1"}, r"--seeds 1,1 names a seed twice"),
@@ -391,6 +509,20 @@ BAD_ARGUMENTS = [
     (TRAIN, {"resume_from_checkpoint": "{data}"}, r"--resume_from_checkpoint .* it has no trainer_state\.json"),
     (TRAIN, {"output_dir": "{data}"}, r"--output_dir .* holds files but no checkpoint to go on from"),
     (("--do_train", "--use_lora"), {}, r"--use_lora needs --model_name_or_path"),
+    (TRAIN, {"num_train_epochs": 0}, r"--num_train_epochs 0\.0 must be more than 0; to evaluate without training"),
+    (TRAIN, {"max_steps": 0}, r"--max_steps 0 must be at least 1; leave it out"),
+    (TRAIN, {"per_device_train_batch_size": 0}, r"--per_device_train_batch_size 0 must be at least 1"),
+    (("--do_eval", "--prediction_loss_only"), {}, r"--prediction_loss_only True is not supported"),
+    (
+        TRAIN,
+        {"task_name": "stsb", "label_smoothing_factor": 0.1},
+        r"--label_smoothing_factor 0\.1 is not supported, as stsb has scores in place of classes: .* or give 0\.0",
+    ),
+    (
+        ("--do_train", "--dataloader_drop_last"),
+        {"per_device_train_batch_size": 64},
+        r"--dataloader_drop_last leaves nothing of 48 training rows in batches of 64: leave it out, or lower",
+    ),
 ]
 
 

@@ -6,13 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import run_lra
 from transnormer_hf.tasks import lra
 
 SMALL = "hidden_size=16,num_hidden_layers=2,intermediate_size=16,block_size=8"
 SMALL_BERT = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=16,max_position_embeddings=64"
+# transformers renamed it in 5.23
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
 STEPS = ("--do_train", "--do_eval", "--do_predict")
 
 
@@ -154,6 +158,55 @@ def test_seeds_are_summarised(arguments):
     assert results["eval_accuracy"] == pytest.approx(sum(results["eval_accuracy_values"]) / 2)
 
 
+@pytest.mark.parametrize("task_name", ["text", "retrieval"])
+@pytest.mark.parametrize("variant", ["t2", "bert"])
+def test_empty_texts_are_rows_as_well(task_name, variant, arguments, tmp_path):
+    file = tmp_path / "empty.jsonl"
+    texts = {"text": ""} if task_name == "text" else {"text1": "", "text2": ""}
+    file.write_text((json.dumps({**texts, "label": 1}) + "\n") * 8)
+    model = {"variant": variant} if variant == "t2" else {"variant": None, "model_type": "bert"}
+    if variant == "bert":
+        model["config_overrides"] = SMALL_BERT
+    files = {"train_file": file, "validation_file": file, "test_file": file}
+    results = run_lra.main(arguments(*STEPS, task_name=task_name, **model, **files, learning_rate=1e-2, max_steps=4))
+    assert (results["train_samples"], results["eval_samples"]) == (8, 8)
+    assert results["eval_accuracy"] in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("task_name", ["listops", "retrieval"])
+def test_a_diverged_model_is_named_with_its_rows(task_name, arguments, tmp_path, monkeypatch):
+    build = run_lra.make_model
+
+    def make_model(*args):
+        model = build(*args)
+        model.get_input_embeddings().weight.data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(run_lra, "make_model", make_model)
+    message = r"the model's outputs are not finite numbers in 8 of 8 rows \(row 1, 2, 3, 4, 5, \.\.\.\)"
+    with pytest.raises(ValueError, match=message):
+        run_lra.main(arguments("--do_eval", task_name=task_name))
+    assert not list((tmp_path / "out").glob("*results.json"))
+
+
+@pytest.mark.parametrize("task_name", ["listops", "retrieval"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eval_do_concat_batches": False},
+        {"label_smoothing_factor": 0.1},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"dataloader_drop_last": True},
+        {"neftune_noise_alpha": 5.0},
+        {CHECKPOINTING: True},
+    ],
+)
+def test_the_trainers_arguments_work_for_every_kind_of_task(task_name, options, arguments):
+    results = run_lra.main(arguments(*STEPS, task_name=task_name, per_device_eval_batch_size=3, **options))
+    assert (results["eval_samples"], results["test_samples"]) == (8, 8)
+    assert (8 * results["eval_accuracy"]).is_integer()
+
+
 TRAIN = ("--do_train",)
 BAD_ARGUMENTS = [
     (TRAIN, {"task_name": "sst2"}, r"--task_name 'sst2' is not a task of the Long-Range Arena"),
@@ -186,6 +239,15 @@ BAD_ARGUMENTS = [
         r"--max_length 65 is more than the 64 tokens that the model takes",
     ),
     (TRAIN, {"output_dir": "{tmp}"}, r"--output_dir .* holds files but no checkpoint to go on from"),
+    (TRAIN, {"num_train_epochs": 0, "max_steps": None}, r"--num_train_epochs 0\.0 must be more than 0"),
+    (TRAIN, {"train_sampling_strategy": "group_by_length"}, r"--train_sampling_strategy group_by_length is not suppor"),
+    (TRAIN, {"remove_unused_columns": True}, r"--remove_unused_columns True is not supported"),
+    (
+        TRAIN,
+        {"metric_for_best_model": "f1"},
+        r"--metric_for_best_model f1 is not a figure of listops: .* accuracy",
+    ),
+    (("--do_train", "--dataloader_drop_last"), {"per_device_train_batch_size": 17}, r"leaves nothing of 16 training r"),
 ]
 
 

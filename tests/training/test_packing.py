@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertConfig, LlamaConfig, OPTConfig
 
 from transnormer_hf import TransNormerConfig
@@ -74,16 +75,22 @@ def test_every_format_gives_the_same_documents(suffix, tmp_path, articles):
     else:
         table.to_parquet(file)
     start = WIKITEXT_TITLE if suffix == ".txt" else None
-    options = {"cache_dir": str(tmp_path / "cache")}
-    assert list(TextSource(str(file), None, "train", document_start=start, options=options).documents()) == expected
-    assert list(TextSource(str(file), None, "train", document_start=start, streaming=True).documents()) == expected
+    assert list(TextSource(str(file), None, "train", document_start=start).documents()) == expected
 
 
 def test_a_missing_column_is_named(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"content": "a"}\n')
-    with pytest.raises(ValueError, match=r"file rows\.jsonl, row 1: no text in column 'text', found content; .*--text"):
-        list(TextSource(str(file), None, "train", options={"cache_dir": str(tmp_path)}).documents())
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1: no text in column 'text', found content; .*--text"):
+        list(TextSource(str(file), None, "train").documents())
+
+
+@pytest.mark.parametrize("value", ["null", "7", '["a"]'])
+def test_a_value_that_is_no_text_is_named(value, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"text": "a"}}\n{{"text": {value}}}\n')
+    with pytest.raises(ValueError, match=r"file rows\.jsonl, line 2, column 'text': expected a text, got"):
+        list(TextSource(str(file), None, "train").documents())
 
 
 def test_a_hub_out_of_reach_is_said_with_what_works_without_it():
@@ -233,6 +240,40 @@ def test_masks_depend_on_seed_epoch_and_row_only():
     assert (first == masking(rows[0], 0, 0)["input_ids"]).all()
     for epoch, number, seed in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
         assert (first != Masking(MASK, 32, seed=seed)(rows[0], epoch, number)["input_ids"]).any()
+
+
+def masks_by_epoch(rows: PackedRows, epochs: list[int], **options) -> list[list[int]]:
+    """Which columns each epoch masks, with a loader that lives through all of them."""
+    loader, masks = DataLoader(rows, batch_size=2, **options), []
+    for epoch in epochs:
+        rows.set_epoch(epoch)  # what EpochSetter does
+        masks.append([(batch["labels"] != IGNORED).nonzero().flatten().tolist() for batch in loader])
+    return masks
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_workers": 1},
+        {"num_workers": 2, "persistent_workers": True},
+        {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "forkserver"},
+    ],
+)
+def test_workers_mask_anew_in_every_epoch_as_one_process_does(options):
+    masking, plain = masked_rows(7)
+    expected = masks_by_epoch(PackedRows(plain, masking), [0, 1, 2])
+    assert len({str(masks) for masks in expected}) == 3
+    assert masks_by_epoch(PackedRows(plain, masking), [0, 1, 2], **options) == expected
+    assert masks_by_epoch(PackedRows(plain, masking), [2, 1], **options) == [expected[2], expected[1]]  # resumed
+
+
+def test_rows_with_another_masking_have_an_epoch_of_their_own():
+    masking, plain = masked_rows(2)
+    train = PackedRows(plain, masking)
+    other = train.with_masking(masking)
+    train.set_epoch(3)
+    assert (train[0]["labels"] != other[0]["labels"]).any()
+    assert (other[0]["labels"] == PackedRows(plain, masking)[0]["labels"]).all()
 
 
 def test_special_tokens_are_never_masked_and_a_short_row_has_a_label():

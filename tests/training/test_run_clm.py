@@ -196,6 +196,30 @@ BAD_ARGUMENTS = [
     (TRAIN, {"max_minutes": 0}, r"--max_minutes 0\.0 must be more than 0"),
     (TRAIN, {"seeds": "1;2"}, r"--seeds '1;2' must be whole numbers"),
     (TRAIN, {"output_dir": "{tmp}"}, r"--output_dir .* holds files but no checkpoint to go on from"),
+    (TRAIN, {"num_train_epochs": 0, "max_steps": None}, r"--num_train_epochs 0\.0 must be more than 0; to evaluate"),
+    (TRAIN, {"seeds": "1,4294967296"}, r"--seeds 1,4294967296: each must be at most 4294967295"),
+    (TRAIN, {"max_steps": 0}, r"--max_steps 0 must be at least 1"),
+    (
+        TRAIN,
+        {"max_new_tokens": 600},
+        r"--max_new_tokens 600 and --prompt '': a text of 600 is more than the 512",
+    ),
+    (TRAIN, {"remove_unused_columns": True}, r"--remove_unused_columns True is not supported, as rows hold exactly"),
+    (
+        TRAIN,
+        {"metric_for_best_model": "bleu"},
+        r"--metric_for_best_model bleu is not a figure of clm: choose one",
+    ),
+    (
+        ("--do_train", "--streaming"),
+        {"train_sampling_strategy": "group_by_length"},
+        r"--train_sampling_strategy group_by_length is not supported, as a stream is shuffled in its buffer",
+    ),
+    (
+        ("--do_train", "--dataloader_drop_last"),
+        {"per_device_train_batch_size": 1000},
+        r"--dataloader_drop_last leaves nothing of \d+ training rows in batches of 1000",
+    ),
 ]
 
 
@@ -212,3 +236,56 @@ def test_an_empty_text_is_refused(arguments, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"file empty\.txt holds no text to make a row of"):
         run_clm.main(arguments("--do_train", train_file=tmp_path / "empty.txt"))
+
+
+# ---- The Trainer's arguments ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"eval_do_concat_batches": False},
+        {"eval_accumulation_steps": 1},
+        {"train_sampling_strategy": "group_by_length"},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"neftune_noise_alpha": 5.0},
+        {"auto_find_batch_size": True},
+        {"full_determinism": False, "data_seed": 3},
+    ],
+)
+def test_evaluation_is_of_the_plain_loss_whatever_the_trainer_is_told(options, arguments, tmp_path):
+    results = run_clm.main(arguments(*ALL_STEPS, max_steps=2, learning_rate=1e-3, **options))
+    base = {"model_type": None, "config_overrides": None, "model_name_or_path": tmp_path / "out"}
+    plain = run_clm.main(arguments("--do_eval", **base, output_dir=tmp_path / "eval"))
+    assert results["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+    assert results["test_tokens"] == plain["eval_tokens"]
+    assert results["train_tokens"] == 2 * 2 * 32
+
+
+def test_the_best_checkpoint_by_perplexity_is_the_one_with_the_lowest(arguments, tmp_path):
+    _, _, _, training_args = parse(
+        arguments(
+            *ALL_STEPS,
+            "--load_best_model_at_end",
+            metric_for_best_model="word_perplexity",
+            save_strategy="steps",
+            eval_strategy="steps",
+            eval_steps=1,
+            save_steps=1,
+        )
+    )
+    assert training_args.greater_is_better is False
+
+
+def test_a_warm_up_that_the_scheduler_cannot_have_is_refused(arguments):
+    options = {"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_init_lr": 1e-7, "eval_strategy": "epoch"}
+    with pytest.raises(ValueError, match=r"--warmup_init_lr 1e-07 has no meaning for --lr_scheduler_type reduce_lr_on"):
+        run_clm.main(arguments("--do_train", "--do_eval", **options))
+
+
+def test_a_table_is_read_by_the_same_call(arguments, tmp_path):
+    file = tmp_path / "rows.TSV"
+    file.write_text('text\tid\nNA and "so on\t7\na second text\t8\n')
+    results = run_clm.main(arguments(*ALL_STEPS, train_file=file, validation_file=file, test_file=file))
+    assert results["eval_words"] == 4 + 3 + 2  # with an end of sentence for each text

@@ -41,6 +41,33 @@ def test_a_run_learns_measures_fills_and_reloads(arguments, tmp_path):
     assert {result.metric_name for result in card.data.eval_results} == {"Perplexity per masked token"}
 
 
+@pytest.mark.parametrize(("workers", "flag"), [(1, None), (2, None), (2, "--streaming")])
+def test_persistent_workers_mask_the_same_as_one_process(workers, flag, arguments, tmp_path):
+    model = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,hidden_dropout_prob=0.0"
+    model += ",attention_probs_dropout_prob=0.0"  # loaders draw from the generator that dropout draws from
+    options = {"logging_steps": 1, "per_device_train_batch_size": 8, "seed": 3, "config_overrides": model}
+    in_workers = {"dataloader_num_workers": workers, "dataloader_persistent_workers": True}
+    in_workers |= {"save_strategy": "steps", "save_steps": 3}
+    runs = {"alone": [({}, 6)], "workers": [(in_workers, 6)], "resumed": [(in_workers, 3), (in_workers, 6)]}
+    histories = []
+    for name, calls in runs.items():
+        for changes, steps in calls:
+            run_mlm.main(
+                arguments(
+                    *("--do_train", *([flag] if flag else [])),
+                    output_dir=tmp_path / name,
+                    **{**options, **changes, "max_steps": steps},
+                    lr_scheduler_type="constant",
+                )
+            )
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        histories.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+    assert len(histories[0]) == 6
+    assert histories[1] == histories[2]
+    if flag is None:  # workers of a stream fill batches of their own
+        assert histories[0] == histories[1]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_resumed_run_masks_the_same_and_goes_on_to_the_same_losses(streaming, arguments, tmp_path):
     options = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
@@ -95,6 +122,9 @@ def test_the_preset_gives_the_released_hyperparameters(arguments):
         ({"fill": "no gap"}, r"--fill 'no gap' must hold <mask> once"),
         ({"max_seq_length": 600}, r"--max_seq_length 600 is more than the 512 tokens"),
         ({"preset": "wikitext103-clm"}, r"--preset wikitext103-clm is not one for mlm: choose wikitext103-mlm"),
+        ({"fill": "a " * 600 + "<mask>"}, r"--fill .*: a text of \d+ is more than the 512 tokens that the model takes"),
+        ({"num_train_epochs": 0, "max_steps": None}, r"--num_train_epochs 0\.0 must be more than 0"),
+        ({"metric_for_best_model": "word_perplexity"}, r"is not a figure of mlm: choose one of loss, token_perplexity"),
     ],
 )
 def test_a_bad_argument_is_named_with_what_would_work(changes, message, arguments, tmp_path):
@@ -121,3 +151,17 @@ def test_a_baseline_is_trained_by_the_same_command(mixer, arguments, tmp_path):
     assert results["eval_token_perplexity"] < 200  # of 300 tokens
     again = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert again.config.layer_types == [mixer] * 2
+
+
+def test_a_diverged_model_is_named_and_fills_nothing(arguments, tmp_path):
+    run_mlm.main(arguments("--do_train", output_dir=tmp_path / "base"))
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
+    model.lm_head.dense.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "base")
+    base = {"model_type": None, "config_overrides": None, "model_name_or_path": tmp_path / "base"}
+    with pytest.raises(ValueError, match=r"Evaluation \(eval\): .* rows \(row 1, 2.*\): it has diverged"):
+        run_mlm.main(arguments("--do_eval", **base))
+    with pytest.raises(ValueError, match=r"A sample: .* it has diverged"):
+        run_mlm.main(arguments("--do_train", **base))
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert not (tmp_path / "out" / "all_results.json").exists()

@@ -35,7 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive
 from .configuration_transnormer import CACHE_NAME, TransNormerConfig
-from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm
+from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm, with_segments
 from .reference_transnormer import (
     LRPE,
     AttentionMetadata,
@@ -537,6 +537,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
                 raise ValueError(f"{CACHE_NAME} was given to a bidirectional model (is_causal=False), which has none.")
             adopt_cache(cache, self.config)
         metadata = self._metadata(inputs_embeds, attention_mask, position_ids, cache, kwargs.get("cu_seq_lens_q"))
+        metadata = with_segments(metadata)
         is_packed = metadata.cu_seqlens is not None
         if cache is None and use_cache and self.is_causal and not self.training and not is_packed:
             cache = TransNormerCache(self.config)
@@ -710,6 +711,12 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        elif self.training and kwargs.get("num_items_in_batch") is not None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "The Trainer computes the loss of these logits by itself. If that is for label_smoothing_factor, it is"
+                " wrong: transformers shifts the labels only for the causal models that it knows by name. Use"
+                " transnormer_hf.training.fine_tuning.CardTrainer, or a compute_loss_func."
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -883,9 +890,6 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooli
 
 @auto_docstring
 class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
-    # The loss is a mean over the batch: the Trainer must not divide it again when it accumulates gradients.
-    accepts_loss_kwargs = False
-
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -916,7 +920,11 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
         logits = self.classifier(pooled)  # (batch, num_labels)
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            num_items = kwargs.get("num_items_in_batch")
+            if num_items is not None and self.config.problem_type != "single_label_classification":
+                # The other two losses of transformers are means over the micro-batch whatever is passed.
+                loss = loss * labels.numel() / num_items
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -924,8 +932,6 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
 
 @auto_docstring
 class TransNormerForTokenClassification(TransNormerPreTrainedModel):
-    accepts_loss_kwargs = False
-
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -956,7 +962,7 @@ class TransNormerForTokenClassification(TransNormerPreTrainedModel):
         logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (batch, seq, num_labels)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config)
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -964,8 +970,6 @@ class TransNormerForTokenClassification(TransNormerPreTrainedModel):
 
 @auto_docstring
 class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
-    accepts_loss_kwargs = False
-
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
         self.model = TransNormerModel(config)
@@ -996,7 +1000,11 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
         start_logits, end_logits = (half.contiguous() for half in logits.unbind(-1))  # (batch, seq)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+            if self.training:
+                # The Trainer counts no items where there are two labels and averages its micro-batches: each row has
+                # the same weight, however many of a micro-batch have their answer outside of the text.
+                kwargs.setdefault("num_items_in_batch", start_positions.numel())
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,
@@ -1008,8 +1016,6 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
 
 @auto_docstring
 class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
-    accepts_loss_kwargs = False
-
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
         self.model = TransNormerModel(config)
@@ -1045,7 +1051,9 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
         logits = self.classifier(pooled).view(-1, num_choices)  # (batch, choices)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits, labels)
+            num_items = kwargs.get("num_items_in_batch")
+            loss = nn.functional.cross_entropy(logits, labels, reduction="mean" if num_items is None else "sum")
+            loss = loss if num_items is None else loss / num_items
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -36,10 +36,12 @@ from .reference_transnormer import (
 try:
     import triton
 
-    from .kernels_transnormer import triton_diag_attention, triton_norm_attention, triton_simple_rms_norm
-    from .triton_features_transnormer import unsupported
+    from .triton_common_transnormer import triton_simple_rms_norm, unsupported
+    from .triton_diag_transnormer import MAX_BLOCK_SIZE, triton_diag_attention
+    from .triton_norm_transnormer import segment_table, triton_norm_attention
 except ImportError:  # triton is not installed
-    triton = triton_diag_attention = triton_norm_attention = triton_simple_rms_norm = unsupported = None
+    triton = triton_diag_attention = triton_norm_attention = triton_simple_rms_norm = unsupported = segment_table = None
+    MAX_BLOCK_SIZE = 0
 
 BACKENDS = ("auto", "eager", "torch", "triton")
 DIAG_ACTIVATIONS = ("softmax", "relu")
@@ -153,6 +155,8 @@ def diag_attention(
         raise ValueError(f"dropout_p={dropout_p} must be a probability, from 0 to 1.")
     dtype = value.dtype
     query, key, value, lrpe, metadata = check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata)
+    if backend == "auto" and ((activation == "relu" and block_size > MAX_BLOCK_SIZE) or value.shape != query.shape):
+        backend = "torch"  # the kernels take neither
     attend = {"eager": eager_diag_attention, "torch": chunked_diag_attention, "triton": triton_diag_attention}[
         _backend_for(backend, metadata, "eager", query, key, value)
     ]
@@ -203,6 +207,14 @@ def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
     if backend == "triton":
         raise ValueError(reason)
     return "torch"
+
+
+def with_segments(metadata: AttentionMetadata) -> AttentionMetadata:
+    """The metadata with what the kernels of NormAttention need of packed sequences: once, for all layers of a model."""
+    cu_seqlens = metadata.cu_seqlens
+    if cu_seqlens is None or not cu_seqlens.is_cuda or segment_table is None:
+        return metadata
+    return metadata._replace(segments=segment_table(cu_seqlens, metadata.positions.shape[-1]))
 
 
 def _backend_for(backend: str, metadata: AttentionMetadata, for_any_positions: str, *tensors: torch.Tensor) -> str:

@@ -102,6 +102,7 @@ class AttentionMetadata(NamedTuple):
     order: (batch, seq) columns of the input with the padding of each row moved to its front, where everything above is
         in this order; None where the input is left as it is. See `positioned_metadata`.
     is_contiguous: False if the positions of a row may do anything but count its columns.
+    segments: where the kernels of NormAttention find the packed sequences; see `with_segments`.
     """
 
     positions: torch.Tensor
@@ -110,6 +111,7 @@ class AttentionMetadata(NamedTuple):
     cu_seqlens: torch.Tensor | None = None
     order: torch.Tensor | None = None
     is_contiguous: bool = True
+    segments: torch.Tensor | None = None
 
 
 def attention_metadata(

@@ -4,15 +4,13 @@ The hyperparameters are those of the authors' scripts (github.com/OpenNLPLab/Tra
 github.com/OpenNLPLab/lra). Token id 0 is padding and 1 the class token of models that read an answer there.
 """
 
-import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModel, PreTrainedConfig
@@ -20,6 +18,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..model.configuration_transnormer import TransNormerConfig
 from ..model.modeling_transnormer import pool
+from ..training.losses import aligned_loss
+from ..training.text_files import BrokenRow, check_file, parse_class, read_table
 from . import listops, pathfinder
 
 PAD, CLS, FIRST = 0, 1, 2  # FIRST is the id of the first token of a task
@@ -154,15 +154,19 @@ def get_task(name: str | None) -> LraTask:
 
 
 class LraRows(Dataset):
-    """Token ids and labels in memory; a row of a task of pairs has two sequences."""
+    """Token ids and labels in memory; a row of a task of pairs has two sequences.
+
+    An empty text is the class token alone, as a model needs a token to say something about.
+    """
 
     def __init__(self, rows: Iterator[tuple[tuple[np.ndarray, ...], int]], length: int, has_cls: bool):
-        first = np.array([CLS] if has_cls else [], dtype=np.int16)
+        only_cls = np.array([CLS], dtype=np.int16)
+        first = only_cls if has_cls else only_cls[:0]
         self.sequences: list[tuple[np.ndarray, ...]] = []
         self.labels: list[int] = []
         for sequences, label in rows:
-            cut = (np.concatenate((first, sequence.astype(np.int16)))[:length] for sequence in sequences)
-            self.sequences.append(tuple(cut))
+            whole = (np.concatenate((first, sequence.astype(np.int16))) for sequence in sequences)
+            self.sequences.append(tuple(sequence[:length] if len(sequence) else only_cls for sequence in whole))
             self.labels.append(label)
 
     def __len__(self) -> int:
@@ -196,9 +200,11 @@ def encode_listops(source: str, where: str = "") -> np.ndarray:
     """A ListOps sequence as ids; the brackets of the original release that only group tokens in pairs are left out.
 
     Raises:
-        ValueError: a token is not one of ListOps.
+        ValueError: there is no token, or one that is not of ListOps.
     """
     tokens = [token for token in source.split() if token not in "()"]
+    if not tokens:
+        raise ValueError(f"{where}: {source!r} is no ListOps sequence, such as [MAX 2 9 ].")
     unknown = sorted({token for token in tokens if token not in LISTOPS_IDS})
     if unknown:
         raise ValueError(f"{where}: {unknown[0]!r} is not a token of ListOps, which has {', '.join(LISTOPS_IDS)}.")
@@ -220,22 +226,38 @@ def encode_pixels(pixels: Any, where: str = "") -> np.ndarray:
 
 
 def read_rows(task: LraTask, file: str) -> Iterator[tuple[tuple[np.ndarray, ...], int]]:
-    """The rows of a local file as token ids and labels.
+    """The rows of a local file, by the rules of `text_files`, as token ids and labels.
 
-    ListOps: tsv, with the header `Source, Target` of the Long-Range Arena or as `label, source` without one. Retrieval:
-    also the Arena's tsv of label, two ids and two texts. Else json lines, csv or parquet with `label` and `text`,
-    `text1` and `text2`, `source`, or `pixels`.
+    tsv, csv, json lines or parquet with `label` and `text`, `text1` and `text2`, `source`, or `pixels`. ListOps also as
+    the tsv of the Long-Range Arena, with the header `Source, Target`, or of the original release, `label, source`
+    without a header; Retrieval also as the Arena's tsv of label, two ids and two texts.
 
     Raises:
-        ValueError: a column is missing or a row is wrong; names file, row and what was expected.
+        FileNotFoundError: there is no such file.
+        ValueError: a column is missing or a row is wrong; names file, line and what was expected.
     """
-    columns = row_columns(task)
-    for number, row in enumerate(_read_file(task, Path(file)), start=1):
-        where = f"{file}, row {number}"
-        missing = [name for name in (*columns, "label") if row.get(name) is None]
+    check_file(file)
+    columns = (*row_columns(task), "label")
+    for place, row in read_table(file, partial(_arena_header, task)):
+        where = f"{file}, {place}"
+        if isinstance(row, BrokenRow):
+            raise ValueError(f"{where}: {row.reason}.")
+        if task.name == "listops":
+            row = {{"source": "source", "target": "label"}.get(name.lower(), name): row[name] for name in row}
+        missing = [name for name in columns if row.get(name) is None]
         if missing:
-            raise ValueError(f"{where}: no {missing[0]!r}; {task.title} needs {', '.join((*columns, 'label'))}.")
+            found = ", ".join(map(str, row))
+            raise ValueError(f"{where}: no {missing[0]!r}; {task.title} needs {', '.join(columns)}, found {found}.")
         yield encode_row(task, row, where)
+
+
+def _arena_header(task: LraTask, first: Sequence[str]) -> Sequence[str] | None:
+    """The columns of the published tsv files that have no header line."""
+    if task.name == "listops" and len(first) == 2 and (first[0].isdecimal() or first[1].isdecimal()):
+        return ("label", "source") if first[0].isdecimal() else ("source", "label")
+    if task.pairs and len(first) == 5 and "label" not in first:
+        return ("label", "id1", "id2", "text1", "text2")
+    return None
 
 
 def row_columns(task: LraTask) -> tuple[str, ...]:
@@ -247,37 +269,19 @@ def row_columns(task: LraTask) -> tuple[str, ...]:
 
 def encode_row(task: LraTask, row: Mapping[str, Any], where: str) -> tuple[tuple[np.ndarray, ...], int]:
     """The token ids and the label of one row."""
-    label = str(row["label"]).removesuffix(".0")
-    if not label.isdigit() or int(label) >= task.num_labels:
-        raise ValueError(f"{where}: label {row['label']!r} must be a number from 0 to {task.num_labels - 1}.")
+    try:
+        label = parse_class(row["label"], (), task.num_labels)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     values = [row[name] for name in row_columns(task)]
+    if task.name not in ("listops", "text", "retrieval"):
+        return (encode_pixels(values[0], where),), label
+    for name, value in zip(row_columns(task), values, strict=True):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}, column {name!r}: expected a text, got {value!r}.")
     if task.name == "listops":
-        return (encode_listops(values[0], where),), int(label)
-    if task.name in ("text", "retrieval"):
-        return tuple(encode_text(value) for value in values), int(label)
-    return (encode_pixels(values[0], where),), int(label)
-
-
-def _read_file(task: LraTask, path: Path) -> Iterator[Mapping[str, Any]]:
-    if path.suffix != ".tsv":
-        from datasets import load_dataset
-
-        kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}[path.suffix]
-        yield from load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        return
-    with path.open(encoding="utf-8", newline="") as stream:
-        for number, fields in enumerate(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)):
-            if task.name == "listops":
-                is_arena = not fields[0].isdigit()
-                if is_arena and number == 0 and fields[0].lower() == "source":
-                    continue
-                source, label = (fields[0], fields[-1]) if is_arena else (fields[-1], fields[0])
-                yield {"source": source, "label": label}
-            elif task.pairs and len(fields) == 5:
-                yield {"label": fields[0], "text1": fields[3], "text2": fields[4]}
-            else:
-                expected = "5 fields: label, two ids, two texts" if task.pairs else "json lines, csv or parquet"
-                raise ValueError(f"{path}, line {number + 1}: {task.title} expects {expected}.")
+        return (encode_listops(values[0], where),), label
+    return tuple(map(encode_text, values)), label
 
 
 def generate_rows(
@@ -302,8 +306,7 @@ class DualEncoder(nn.Module):
     encoder: any model of AutoModel. pooling: "first", "mean" or "last".
     """
 
-    # The loss is a mean over the batch: the Trainer must not divide it again when it accumulates gradients.
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = True
 
     def __init__(self, config: PreTrainedConfig, pooling: str):
         super().__init__()
@@ -313,12 +316,31 @@ class DualEncoder(nn.Module):
         self.classifier = nn.Sequential(nn.Linear(4 * width, width), nn.ReLU(), nn.Linear(width, config.num_labels))
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> SequenceClassifierOutput:
-        """input_ids, attention_mask: (batch, 2, seq); labels: (batch,)."""
+        """input_ids, attention_mask: (batch, 2, seq); labels: (batch,); num_items_in_batch: labels of the update."""
         mask = attention_mask.flatten(0, 1)  # (2 * batch, seq)
         hidden_states = self.encoder(input_ids.flatten(0, 1), attention_mask=mask).last_hidden_state
         first, second = pool(hidden_states, mask, self.pooling).unflatten(0, (-1, 2)).unbind(1)  # (batch, hidden_size)
         logits = self.classifier(torch.cat((first, second, first * second, first - second), -1))  # (batch, num_labels)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        outputs = SequenceClassifierOutput(logits=logits)
+        return (
+            outputs
+            if labels is None
+            else SequenceClassifierOutput(loss=aligned_loss(outputs, labels, num_items_in_batch), logits=logits)
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's, which `--neftune_noise_alpha` adds noise to."""
+        return self.encoder.get_input_embeddings()
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """The encoder's, for `--activation_checkpointing`; before transformers 5.23, `--gradient_checkpointing`."""
+        enable = getattr(self.encoder, "activation_checkpointing_enable", None)
+        (enable or self.encoder.gradient_checkpointing_enable)(**kwargs)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable

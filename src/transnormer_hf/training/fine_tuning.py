@@ -5,6 +5,7 @@ result files through this module.
 """
 
 import copy
+import inspect
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from transformers import (
 
 from .checkpoints import is_whole_checkpoint, last_whole_checkpoint
 from .files import write_atomically
+from .losses import next_token_loss
+from .trainer_arguments import LARGEST_SEED, check_trainer_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +112,10 @@ class RunArguments:
     )
 
 
+# A loss of NaN is logged as NaN; transformers would write the mean of those before it.
+TRAINER_DEFAULTS = {"logging_nan_inf_filter": False}
+
+
 def parse_dataclasses(
     types: Sequence[type], argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> tuple[Any, ...]:
@@ -163,6 +171,7 @@ def check_model_arguments(args: ModelArguments, *, needs_tokenizer: bool = True)
 
 def check_run_arguments(args: RunArguments, training_args: TrainingArguments) -> None:
     """Raise ValueError unless the seeds, the time limit and the folder to resume from make sense together."""
+    check_trainer_arguments(training_args)
     if training_args.push_to_hub and training_args.hub_token:
         raise ValueError(
             "--hub_token would be published: the Trainer saves it in training_args.bin and pushes that file. Set"
@@ -171,6 +180,8 @@ def check_run_arguments(args: RunArguments, training_args: TrainingArguments) ->
     if args.seeds is not None:
         if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
             raise ValueError(f"--seeds {args.seeds!r} must be whole numbers with commas between them, e.g. 1,2,3.")
+        if any(int(seed) > LARGEST_SEED for seed in args.seeds.split(",")):
+            raise ValueError(f"--seeds {args.seeds}: each must be at most {LARGEST_SEED}.")
         if len(set(args.seeds.split(","))) < len(args.seeds.split(",")):
             raise ValueError(f"--seeds {args.seeds} names a seed twice.")
         if training_args.resume_from_checkpoint:
@@ -317,6 +328,37 @@ def check_length(argument: str, length: int, config: PreTrainedConfig, limit: in
         raise ValueError(f"--{argument} {length} is more than the {min(limits)} tokens that the model takes.")
 
 
+def check_positions(argument: str, length: int, model: Any) -> None:
+    """Raise ValueError if the model's table of learned positions holds fewer than `length`.
+
+    In RoBERTa and its like the positions of tokens begin behind that of padding, so that the table holds fewer than
+    `max_position_embeddings`.
+    """
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    limit = min((table.num_embeddings - table.padding_idx - 1 for table in tables), default=length)
+    if length > limit:
+        raise ValueError(
+            f"--{argument} {length} is more than the {limit} tokens that the model takes: its positions begin behind"
+            " that of padding."
+        )
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token between documents.
+
+    Raises:
+        ValueError: the tokenizer has none.
+    """
+    token = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
+    if token is None:
+        raise ValueError("The tokenizer has neither an eos_token nor a sep_token to end a document: give it one.")
+    return token
+
+
 def _first(*values: int | None) -> int | None:
     return next((value for value in values if value is not None), None)
 
@@ -406,10 +448,48 @@ def set_up_logging(script: str, training_args: TrainingArguments) -> None:
 class CardTrainer(Trainer):
     """A Trainer whose model card is this project's, so that `push_to_hub` uploads it and not a draft.
 
-    On several processes a checkpoint is whole when its last file is there, and the model is saved whole.
+    On several processes a checkpoint is whole when its last file is there, and the model is saved whole. Every row of
+    an evaluation is looked at, and `label_smoothing_factor` holds for every loss or is refused.
     """
 
     card: str | None = None
+    compute_loss_func: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        smoothing, loss = self.args.label_smoothing_factor, self.compute_loss_func
+        if smoothing and loss is None and getattr(self.model, "loss_type", None) == "ForCausalLM":
+            loss = next_token_loss  # the Trainer shifts labels only for the classes that it knows by name
+        if loss is None:
+            return
+        if smoothing:
+            if "label_smoothing" not in inspect.signature(loss).parameters:
+                name = getattr(loss, "__name__", loss)
+                raise ValueError(
+                    f"--label_smoothing_factor {smoothing} has no meaning for the loss {name!r}: leave it out, or give"
+                    " a compute_loss_func that takes label_smoothing."
+                )
+            loss = partial(loss, label_smoothing=smoothing)
+        self.compute_loss_func = loss
+        self.model_accepts_loss_kwargs = False  # the count of labels is for the loss, and the model computes none
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """A loader of the rows that were given; the Trainer's, with persistent workers, is that of its first call."""
+        named = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        rows = self.eval_dataset if named is None else named
+        if rows is None:
+            raise ValueError("eval_dataset: got None; evaluation needs rows.")
+        return self.get_test_dataloader(rows)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """A loader of all rows, for one pass: `dataloader_drop_last` and persistent workers are for training."""
+        args = self.args
+        for_training = args.dataloader_drop_last, args.dataloader_persistent_workers
+        args.dataloader_drop_last = args.dataloader_persistent_workers = False
+        try:
+            return super().get_test_dataloader(test_dataset)
+        finally:
+            args.dataloader_drop_last, args.dataloader_persistent_workers = for_training
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; but with FSDP it writes the whole model also where checkpoints are sharded."""

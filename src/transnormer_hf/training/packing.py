@@ -17,10 +17,12 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from .losses import IGNORED
+from .text_files import LINES, TABLES, BrokenRow, read_lines, read_table
+
+FILE_FORMATS = (*LINES, *TABLES)
 # A line that begins an article of WikiText: one equals sign on each side, its sections have more.
 WIKITEXT_TITLE = r"^ ?= [^=].* = ?$"
-IGNORED = -100
 
 Row = dict[str, np.ndarray]
 
@@ -33,13 +35,13 @@ class TextSource:
     """Where the text of one split lies: a file, or a split of a data set on the Hub.
 
     Attributes:
-        file: A text file, or json lines, csv or parquet with a text column.
+        file: A text file, or tsv, json lines, csv or parquet with a text column, by the rules of `text_files`.
         dataset: Name and configuration of a data set on the Hub, the latter or None.
         split: Its split.
         text_column: The column with the text.
         document_start: Regular expression of a line that begins a document; None where each row is a document.
-        streaming: Whether to read row by row and not to keep a copy.
-        options: Keyword arguments of `datasets.load_dataset`.
+        streaming: Whether to read a data set of the Hub row by row and not to keep a copy; a file always is.
+        options: Keyword arguments of `datasets.load_dataset`, for a data set on the Hub.
     """
 
     file: str | None
@@ -60,36 +62,41 @@ class TextSource:
         return texts if self.document_start is None else join_lines(texts, self.document_start)
 
     def _texts(self) -> Iterator[str]:
-        if self.file is not None and Path(self.file).suffix == ".txt":
-            with Path(self.file).open(encoding="utf-8", newline="\n") as stream:
-                try:
-                    yield from stream
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{self.file}: expected UTF-8 text, got {error}.") from None
+        if self.file is not None and Path(self.file).suffix.lower() in LINES:
+            for _, line in read_lines(self.file):
+                yield line + "\n"
             return
-        for number, row in enumerate(self._rows(), start=1):
-            if not isinstance(row.get(self.text_column), str):
+        for where, row in self._rows():
+            if isinstance(row, BrokenRow):
+                raise ValueError(f"{self.describe()}, {where}: {row.reason}.")
+            if self.text_column not in row:
                 raise ValueError(
-                    f"{self.describe()}, row {number}: no text in column {self.text_column!r}, found"
-                    f" {', '.join(row)}; name it with --text_column."
+                    f"{self.describe()}, {where}: no text in column {self.text_column!r}, found"
+                    f" {', '.join(map(str, row))}; name it with --text_column."
                 )
-            yield row[self.text_column]
+            text = row[self.text_column]
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{self.describe()}, {where}, column {self.text_column!r}: expected a text, got {text!r}."
+                )
+            yield text
 
-    def _rows(self) -> Iterable[Mapping[str, Any]]:
+    def _rows(self) -> Iterator[tuple[str, Mapping[str, Any] | BrokenRow]]:
+        if self.dataset is None:
+            yield from read_table(self.file or "")
+            return
         from datasets import load_dataset
 
         options: dict[str, Any] = {"split": self.split, "streaming": self.streaming, **(self.options or {})}
         try:
-            if self.dataset is not None:
-                return load_dataset(*self.dataset, **options)
-            suffix = Path(self.file or "").suffix
-            return load_dataset(FILE_FORMATS[suffix], data_files={self.split: self.file}, **options)
-        except Exception as error:  # connection, proxy, offline mode, cache and format errors share no base class
-            kind = ValueError if self.dataset is None else ConnectionError
-            raise kind(
+            rows = load_dataset(*self.dataset, **options)
+        except Exception as error:  # connection, proxy, offline mode and cache errors share no base class
+            raise ConnectionError(
                 f"Could not load {self.describe()}: {error}. Text on this machine is given with --train_file,"
                 " --validation_file and --test_file."
             ) from error
+        for number, row in enumerate(rows, start=1):
+            yield f"row {number}", row
 
     def describe(self) -> str:
         """The source in words, without a path."""
@@ -104,7 +111,7 @@ def join_lines(lines: Iterable[str], document_start: str) -> Iterator[str]:
     pattern = re.compile(document_start)
     document: list[str] = []
     for line in lines:
-        text = line.rstrip("\r\n")
+        text = line.removesuffix("\n").removesuffix("\r")
         if document and pattern.search(text):
             yield "".join(document)
             document = []
@@ -246,24 +253,35 @@ class Masking:
 
 
 class PackedRows(Dataset):
-    """Rows in memory. `words` is the number of words in the text that they hold, where it is known."""
+    """Rows in memory. `words` is the number of words in the text that they hold, where it is known.
+
+    The epoch lies in memory that the workers of a DataLoader share, for with `persistent_workers` they keep the copy of
+    the rows that they were started with.
+    """
 
     def __init__(self, rows: Iterable[Row], masking: Masking | None = None, words: int | None = None):
         rows = list(rows)
         narrow = {name: [row[name].astype(np.int32) for row in rows] for name in (rows[0] if rows else ())}
         self.columns = {name: np.stack(values) for name, values in narrow.items()}  # (rows, length)
-        self.masking, self.words, self.epoch = masking, words, 0
+        self.masking, self.words = masking, words
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
     def __getitem__(self, number: int) -> Row:
         row = {name: values[number].astype(np.int64) for name, values in self.columns.items()}
-        return row if self.masking is None else self.masking(row, self.epoch, number)
+        return row if self.masking is None else self.masking(row, int(self._epoch), number)
+
+    def with_masking(self, masking: Masking) -> "PackedRows":
+        """The same rows, masked in their own way and with an epoch of their own."""
+        rows = PackedRows((), masking, self.words)
+        rows.columns = self.columns
+        return rows
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose other tokens to mask in each epoch."""
-        self.epoch = epoch
+        """Choose other tokens to mask in each epoch, in the workers as well."""
+        self._epoch.fill_(epoch)
 
 
 class PackedStream(IterableDataset):
@@ -290,6 +308,10 @@ class PackedStream(IterableDataset):
                     yield row if self.masking is None else self.masking(row, epoch, number)
             if number < 0:
                 raise ValueError("The stream holds no text to make a row of.")
+
+    def with_masking(self, masking: Masking) -> "PackedStream":
+        """The same rows, masked in their own way."""
+        return PackedStream(self.make_rows, masking, self.buffer_size, self.seed)
 
     def _shuffle(self, rows: Iterator[tuple[int, Row]], rng: np.random.Generator) -> Iterator[tuple[int, Row]]:
         buffer: list[tuple[int, Row]] = []

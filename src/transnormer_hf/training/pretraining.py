@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +27,7 @@ from transformers.utils.logging import tqdm
 
 from ..hub.model_card import EvaluatedSplit, build_training_card
 from .fine_tuning import (
+    TRAINER_DEFAULTS,
     CardTrainer,
     EpochSetter,
     ModelArguments,
@@ -36,7 +38,9 @@ from .fine_tuning import (
     change_factors,
     check_length,
     check_model_arguments,
+    check_positions,
     check_run_arguments,
+    end_of_text,
     finish_runs,
     given_value,
     load_config,
@@ -48,9 +52,9 @@ from .fine_tuning import (
     token_fields,
     update_results,
 )
+from .losses import IGNORED, aligned_loss
 from .packing import (
     FILE_FORMATS,
-    IGNORED,
     WIKITEXT_TITLE,
     Masking,
     PackedRows,
@@ -62,6 +66,9 @@ from .packing import (
     encode_documents,
     keeps_sequences_apart,
 )
+from .predictions import check_finite, labels_of, logits_of
+from .text_files import LINES, check_file
+from .trainer_arguments import check_enough_rows, check_metric_for_best_model, refuse_unless
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +120,7 @@ class Objective:
         pipeline_tag: The task's name on the Hub.
         perplexity: What the per-token perplexity is of, in words.
         sample: Writes a sample of what the trained model says.
+        check_sample: Raises ValueError where the sample would be longer than what the model takes.
     """
 
     name: str
@@ -121,6 +129,7 @@ class Objective:
     pipeline_tag: str
     perplexity: str
     sample: Callable[..., str]
+    check_sample: Callable[..., None]
 
     @property
     def is_causal(self) -> bool:
@@ -144,7 +153,9 @@ class PretrainingArguments:
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Its configuration, e.g. wikitext-103-raw-v1."}
     )
-    train_file: str | None = field(default=None, metadata={"help": "Training text: txt, json lines, csv or parquet."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training text: txt, or a table: tsv, csv, json lines or parquet."}
+    )
     validation_file: str | None = field(default=None, metadata={"help": "Text for --do_eval, the same formats."})
     test_file: str | None = field(default=None, metadata={"help": "Text for --do_predict, the same formats."})
     text_column: str = field(default="text", metadata={"help": "Column with the text, where there are columns."})
@@ -174,7 +185,7 @@ class PretrainingArguments:
     def source(self, split: str, cache_dir: str | None = None) -> TextSource:
         """Where the text of a split lies."""
         file = getattr(self, SPLITS[split])
-        is_wikitext = Path(file).suffix == ".txt" if file else "wikitext" in (self.dataset_name or "")
+        is_wikitext = Path(file).suffix.lower() in LINES if file else "wikitext" in (self.dataset_name or "")
         return TextSource(
             file=file,
             dataset=None if file else (self.dataset_name or "", self.dataset_config_name),
@@ -198,14 +209,18 @@ def parse_pretraining_arguments(
     known = [name for name in PRESETS if name.endswith(objective.name)]
     if preset is not None and preset not in known:
         raise ValueError(f"--preset {preset} is not one for {objective.name}: choose {' or '.join(known)}.")
-    # Rows hold exactly what the model takes.
-    defaults = {"remove_unused_columns": False, **(PRESETS[preset] if preset else {})}
+    defaults = {**TRAINER_DEFAULTS, "remove_unused_columns": False, **(PRESETS[preset] if preset else {})}
     types = (ModelArguments, data_class, RunArguments, TrainingArguments)
     model_args, data_args, run_args, training_args = parse_dataclasses(types, argv, defaults)
     training_args.dataloader_pin_memory &= training_args.device.type != "cpu"
     check_model_arguments(model_args)
     check_data_arguments(data_args, training_args)
     check_run_arguments(run_args, training_args)
+    refuse_unless(training_args, "remove_unused_columns", (False,), "rows hold exactly what the model takes")
+    metrics = ("loss", "token_perplexity", *(["word_perplexity"] if objective.is_causal else []))
+    check_metric_for_best_model(training_args, metrics, objective.name)
+    if given_value("greater_is_better", argv) is None and "perplexity" in str(training_args.metric_for_best_model):
+        training_args.greater_is_better = False  # the Trainer takes every figure but a loss for a score
     length = getattr(data_args, objective.length_argument)
     if length < 8:
         raise ValueError(f"--{objective.length_argument} {length} must be at least 8.")
@@ -229,10 +244,7 @@ def check_data_arguments(args: PretrainingArguments, training_args: TrainingArgu
             " Hub, or text with --train_file, --validation_file and --test_file."
         )
     for name, file in args.files.items():
-        if Path(file).suffix not in FILE_FORMATS:
-            raise ValueError(f"--{name} {file}: unknown extension, expected one of {', '.join(FILE_FORMATS)}.")
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"--{name} {file}: no such file.")
+        check_file(file, FILE_FORMATS, name)
     for step, split in STEPS.items():
         if args.files and getattr(training_args, step) and SPLITS[split] not in args.files:
             raise ValueError(f"--{step} needs --{SPLITS[split]}, as --{next(iter(args.files))} is given.")
@@ -242,6 +254,9 @@ def check_data_arguments(args: PretrainingArguments, training_args: TrainingArgu
             raise ValueError(f"--{name} {value} must be at least 1.")
     if args.streaming and training_args.do_train and training_args.max_steps <= 0:
         raise ValueError(f"--streaming needs --max_steps, got {training_args.max_steps}: a stream has no known length.")
+    if args.streaming:
+        reason = "a stream is shuffled in its buffer"
+        refuse_unless(training_args, "train_sampling_strategy", ("random",), reason)
     if not 0 <= args.warmup_init_lr <= training_args.learning_rate:
         raise ValueError(
             f"--warmup_init_lr {args.warmup_init_lr} must lie between 0 and --learning_rate"
@@ -313,6 +328,8 @@ def prepare_data(
         if not rows:
             raise ValueError(f"{source.describe()} holds no text to make a row of.")
         is_cut = limit is not None and len(rows) >= limit
+        if is_train:
+            check_enough_rows(training_args, len(rows))
         data.rows[split] = PackedRows(rows, words=None if is_cut else words)
         if is_cut:
             data.sources[split] += ", first rows only"
@@ -338,18 +355,6 @@ class _RowReader:
             yield row
 
 
-def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token between documents.
-
-    Raises:
-        ValueError: the tokenizer has none.
-    """
-    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if token is not None:
-            return token
-    raise ValueError("The tokenizer has neither an eos_token nor a sep_token to end a document: give it one.")
-
-
 def make_packing(
     objective: Objective, tokenizer: PreTrainedTokenizerBase, length: int, together: bool = True
 ) -> Packing:
@@ -366,21 +371,36 @@ def make_packing(
 
 
 class PretrainingTrainer(CardTrainer):
-    """A Trainer whose labels are aligned with the inputs, and whose evaluation counts tokens and words exactly."""
+    """A Trainer whose labels are aligned with the inputs, and whose evaluation counts tokens and words exactly.
+
+    The loss of training is `aligned_loss`, with `label_smoothing_factor`; perplexities are of the loss without it.
+    """
 
     warmup_init_lr: float = 0.0
 
+    def __init__(self, *args: Any, compute_loss_func: Callable[..., torch.Tensor] | None = None, **kwargs: Any):
+        super().__init__(*args, compute_loss_func=compute_loss_func or aligned_loss, **kwargs)
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The scheduler that the arguments name, with a warm-up that begins at `warmup_init_lr`."""
+        """The scheduler that the arguments name, with a warm-up that begins at `warmup_init_lr`.
+
+        Raises:
+            ValueError: the scheduler does not work by factors, so that its warm-up has no beginning.
+        """
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        if self.warmup_init_lr and not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"--warmup_init_lr {self.warmup_init_lr} has no meaning for --lr_scheduler_type"
+                f" {self.args.lr_scheduler_type.value}: give --warmup_init_lr 0 or a scheduler with a warm-up."
+            )
         if self.warmup_init_lr and warmup_steps:
             start = self.warmup_init_lr / self.args.learning_rate
             self.lr_scheduler = change_factors(scheduler, lambda factor: warm_up_from(start, warmup_steps, factor))
         return self.lr_scheduler
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, by `aligned_loss`: the labels are not shifted again."""
+        """As in transformers; `shift_labels`, by which labels are counted, is not for the model."""
         return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "shift_labels"}, *args, **kwargs)
 
     def prediction_step(
@@ -402,9 +422,15 @@ class PretrainingTrainer(CardTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in transformers, with the mean loss over tokens, not over batches, and the perplexities."""
+        """As in transformers, with the mean loss over tokens, not over batches, and the perplexities.
+
+        Raises:
+            ValueError: the model has diverged (names the rows), or no row has a token to predict.
+        """
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        total, tokens = float(output.predictions.sum(dtype="float64")), int((output.label_ids != IGNORED).sum())
+        nll, labels = logits_of(output.predictions), labels_of(output.label_ids)  # (rows, seq) each
+        check_finite(nll, f"{description} ({metric_key_prefix})")
+        total, tokens = float(nll.sum(dtype="float64")), int((labels != IGNORED).sum())
         figures = perplexities(total, tokens, getattr(dataloader.dataset, "words", None))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
@@ -414,7 +440,12 @@ def perplexities(total_nll: float, tokens: int, words: int | None) -> dict[str, 
     """Mean loss and perplexity per token and, where the words of the text are known, per word.
 
     The latter is exp(total_nll / words), which does not depend on how the text was cut into tokens.
+
+    Raises:
+        ValueError: there is no token.
     """
+    if tokens < 1:
+        raise ValueError("The text holds no token to predict: a perplexity needs at least one.")
     figures: dict[str, float] = {
         "loss": total_nll / tokens,
         "token_perplexity": _exp(total_nll / tokens),
@@ -427,16 +458,6 @@ def perplexities(total_nll: float, tokens: int, words: int | None) -> dict[str, 
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
-
-
-def aligned_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> Any:
-    """Cross-entropy of logits (batch, seq, vocab_size) with the labels (batch, seq) of the same columns.
-
-    It is divided by the labels of the whole update, so that accumulated gradients are those of one large batch.
-    """
-    logits = outputs.logits.float().flatten(0, 1)  # (batch * seq, vocab_size)
-    loss = F.cross_entropy(logits, labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="sum")
-    return loss / (num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum())
 
 
 def warm_up_from(start: float, warmup_steps: int, factor: Callable[[int], float]) -> Callable[[int], float]:
@@ -468,9 +489,11 @@ def pretrain(
         raise ValueError(f"The tokenizer {tokenizer.name_or_path} has no mask_token: give one made for masked models.")
     config = load_config(model_args, token_fields(tokenizer))
     check_length(objective.length_argument, getattr(data_args, objective.length_argument), config)
+    objective.check_sample(tokenizer, data_args, config)
     data, results = None, []
     for planned in runs:
         model = build_model(objective.auto_class, model_args, copy.deepcopy(config), planned.args.seed)
+        check_positions(objective.length_argument, getattr(data_args, objective.length_argument), model)
         if data is None:
             data = prepare_data(objective, data_args, training_args, tokenizer, model, model_args.cache_dir)
         results.append(run(objective, model, tokenizer, data, model_args, data_args, run_args, planned, callbacks))
@@ -492,14 +515,10 @@ def run(
     args, length = planned.args, getattr(data_args, objective.length_argument)
     rows = {split: copy.copy(split_rows) for split, split_rows in data.rows.items()}
     if not objective.is_causal:
-        for split, split_rows in rows.items():  # evaluation masks the same tokens whatever the seed
+        for split, split_rows in data.rows.items():  # evaluation masks the same tokens whatever the seed
             seed = args.seed if split == "train" else 0
-            split_rows.masking = Masking(
-                tokenizer.mask_token_id,
-                len(tokenizer),
-                data_args.mlm_probability,
-                seed,
-            )
+            masking = Masking(tokenizer.mask_token_id, len(tokenizer), data_args.mlm_probability, seed)
+            rows[split] = split_rows.with_masking(masking)
     if data_args.streaming and "train" in rows:
         rows["train"].seed = args.seed
     had_cache = getattr(model.config, "use_cache", None)
@@ -510,21 +529,12 @@ def run(
         eval_dataset=rows.get("validation"),
         processing_class=tokenizer,
         data_collator=collate,
-        compute_loss_func=aligned_loss,
         callbacks=[TrainingClock(run_args.max_minutes), EpochSetter(), *callbacks],
     )
     trainer.warmup_init_lr = data_args.warmup_init_lr
     results: dict[str, Any] = {"task_name": objective.name, "parameters": model.num_parameters()}
-
     if "train" in rows:
-        per_update = length * args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        metrics = trainer.train(resume_from_checkpoint=planned.checkpoint).metrics
-        minutes = trainer.state.log_history[-1]["train_minutes"]
-        seen = per_update * trainer.state.global_step
-        metrics |= {"train_minutes": minutes, "train_tokens": seen, "train_tokens_per_second": seen / (60 * minutes)}
-        if not data_args.streaming:
-            metrics["train_samples"] = len(rows["train"])
-        results |= {"seed": args.seed, **report(trainer, "train", metrics)}
+        results |= {"seed": args.seed, **train(trainer, planned.checkpoint, length)}
     if had_cache is not None:  # the Trainer turned it off, whoever loads the model will generate
         model.config.use_cache = had_cache
     if "train" in rows:
@@ -539,36 +549,56 @@ def run(
             evaluated.append(describe_split(data, split, results, prefix))
 
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    sample = objective.sample(trained, tokenizer, data_args, args.seed)
-    logger.info("A sample of the model:\n%s", sample)
-    results["sample"] = sample
+    results["sample"] = objective.sample(trained, tokenizer, data_args, args.seed)
+    logger.info("A sample of the model:\n%s", results["sample"])
     if "train" in rows:
-        trainer.card = str(
-            build_training_card(
-                model=trained,
-                training_args=args,
-                task=f"{'causal' if objective.is_causal else 'masked'} language modelling",
-                pipeline_tag=objective.pipeline_tag,
-                dataset=data_args.dataset_name,
-                base_model=model_args.model_name_or_path,
-                train_source=data.sources["train"],
-                max_seq_length=length,
-                metric_titles={
-                    "token_perplexity": objective.perplexity,
-                    **({"word_perplexity": "Perplexity per word"} if objective.is_causal else {}),
-                },
-                evaluated=evaluated,
-                notes=[NOTES[objective.name]],
-                sample=sample,
-                results=results,
-            )
+        card = build_training_card(
+            model=trained,
+            training_args=args,
+            base_model=model_args.model_name_or_path,
+            dataset=data_args.dataset_name,
+            train_source=data.sources["train"],
+            max_seq_length=length,
+            evaluated=evaluated,
+            sample=results["sample"],
+            results=results,
+            **describe_objective(objective),
         )
+        trainer.card = str(card)
         trainer.create_model_card()
     if trainer.is_world_process_zero():
         results = update_results(Path(args.output_dir), results)
     if "train" in rows and args.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def train(trainer: PretrainingTrainer, checkpoint: str | None, length: int) -> dict[str, Any]:
+    """Train, report, and return the figures, with the tokens seen in rows of `length`."""
+    args, rows = trainer.args, trainer.train_dataset
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    batch_size = trainer.state.train_batch_size or args.train_batch_size  # --auto_find_batch_size may lower it
+    per_update = length * batch_size * args.world_size * args.gradient_accumulation_steps
+    minutes, seen = trainer.state.log_history[-1]["train_minutes"], per_update * trainer.state.global_step
+    metrics |= {"train_minutes": minutes, "train_tokens": seen}
+    if minutes > 0:  # a checkpoint of another Trainer that was at its end has no time
+        metrics["train_tokens_per_second"] = seen / (60 * minutes)
+    if isinstance(rows, PackedRows):
+        metrics["train_samples"] = len(rows)
+    return report(trainer, "train", metrics)
+
+
+def describe_objective(objective: Objective) -> dict[str, Any]:
+    """What the model card says about every model of an objective."""
+    titles = {"token_perplexity": objective.perplexity}
+    if objective.is_causal:
+        titles["word_perplexity"] = "Perplexity per word"
+    return {
+        "task": f"{'causal' if objective.is_causal else 'masked'} language modelling",
+        "pipeline_tag": objective.pipeline_tag,
+        "metric_titles": titles,
+        "notes": [NOTES[objective.name]],
+    }
 
 
 NOTES = {
