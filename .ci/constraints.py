@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -39,11 +40,13 @@ def resolve(python: str, torch: str) -> dict[str, str]:
         # Of its own, for pip looks at what is installed.
         subprocess.run([python, "-m", "venv", "--without-pip", environment], check=True)
         command = [sys.executable, "-m", "pip", "--python", str(environment / "bin" / "python"), "install", "--quiet"]
+        # Constraints and wheels of this machine are not the project's.
+        own = ("PIP_CONSTRAINT", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL")
+        known = {name: value for name, value in os.environ.items() if name not in own}
         subprocess.run(
             [*command, "--dry-run", "--report", str(report), torch, *BUILD, f"{ROOT}[test,train,plot]"],
             check=True,
-            # a constraint of this machine is not the project's
-            env={**os.environ, "PIP_CONFIG_FILE": os.devnull},
+            env={**known, "PIP_CONFIG_FILE": os.devnull},
         )
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
     versions = {}
@@ -54,6 +57,31 @@ def resolve(python: str, torch: str) -> dict[str, str]:
     return versions
 
 
+def marker(using: list[str]) -> str:
+    """The Pythons that a version is for, as a marker; the newest of PYTHONS stands for those after it."""
+    first, last = PYTHONS.index(using[0]), PYTHONS.index(using[-1])
+    if len(using) != last - first + 1:
+        return " or ".join(f'python_version == "{python}"' for python in using)
+    bounds = [f'python_version >= "{using[0]}"'] if first else []
+    bounds += [f'python_version < "{PYTHONS[last + 1]}"'] if last + 1 < len(PYTHONS) else []
+    return " and ".join(bounds)
+
+
+def write(resolved: Mapping[str, Mapping[str, str]]) -> None:
+    """Python -> name -> version, as a file of constraints."""
+    pythons: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for python, versions in resolved.items():
+        for name, version in versions.items():
+            pythons[name][version].append(python)
+    lines = [
+        f"{name}=={version}" + (f"; {condition}" if (condition := marker(using)) else "")
+        for name in sorted(pythons)
+        for version, using in pythons[name].items()
+    ]
+    CONSTRAINTS.write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+    print(f"Wrote {CONSTRAINTS.relative_to(ROOT)}: {len(pythons)} packages for Python {', '.join(PYTHONS)}.")
+
+
 def main(torch: str) -> None:
     interpreters = {python: find_python(python) for python in PYTHONS}
     resolved = {}
@@ -61,17 +89,7 @@ def main(torch: str) -> None:
         if interpreter is None:
             raise SystemExit(f"make constraints needs Python {', '.join(PYTHONS)}: there is no python{python} here.")
         resolved[python] = resolve(interpreter, torch)
-    pythons: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for python, versions in resolved.items():
-        for name, version in versions.items():
-            pythons[name][version].append(python)
-    lines = []
-    for name in sorted(pythons):
-        for version, using in pythons[name].items():
-            marker = " or ".join(f'python_version == "{python}"' for python in using)
-            lines.append(f"{name}=={version}" + f"; {marker}" * (len(using) < len(PYTHONS)))
-    CONSTRAINTS.write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
-    print(f"Wrote {CONSTRAINTS.relative_to(ROOT)}: {len(pythons)} packages for Python {', '.join(PYTHONS)}.")
+    write(resolved)
 
 
 if __name__ == "__main__":
