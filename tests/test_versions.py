@@ -1,4 +1,4 @@
-"""The list of environments, the pinned versions and the report agree with pyproject.toml and with the contract tests."""
+"""The list of environments, the tested versions and the report agree with pyproject.toml and the contract tests."""
 
 import ast
 import importlib
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+
 from test_project import REQUIREMENTS
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +58,8 @@ def test_every_contract_test_counts_for_a_cell_of_the_report(tool):
 
 def test_a_partial_run_keeps_the_other_rows(tool, tmp_path):
     row = tool.Row(["1 / 1"] * len(tool.CELLS) + ["9", "2026-01-02"], ["3.11.7"] * (len(tool.PACKAGES) + 1))
-    failed = tool.Row(["0 / 1"] * len(tool.CELLS) + ["9", "2026-01-02"], row.versions, ["peft: `test`: Error: a | b", "c: d"])
+    notes = ["peft: `test`: Error: a | b", "c: d"]
+    failed = tool.Row(["0 / 1"] * len(tool.CELLS) + ["9", "2026-01-02"], row.versions, notes)
     tool.write_report({"5.8.1": row, "5.4.0": failed})
     assert tool.read_report() == {"5.4.0": failed, "5.8.1": row}  # in the order of the list
     text = tool.REPORT.read_text()
