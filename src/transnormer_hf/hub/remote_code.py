@@ -15,15 +15,17 @@ TIME_LIMIT = 900  # seconds; a model of 100 M parameters takes about ten
 
 
 def check_remote_code(folder: str | os.PathLike) -> dict[str, Any]:
-    """Load a folder with `trust_remote_code=True` in a process that cannot import this package, and run it once.
+    """Load a folder with `trust_remote_code=True` in a process that cannot import this package, and run it.
 
+    A causal language model also generates a few tokens from its state, which must have the logits of a whole forward.
     The process is offline and sees no token.
 
     Returns:
         {"class": name of the model class, "parameters": their number, "tokenizer": class name or None}.
 
     Raises:
-        ValueError: it does not load, a weight is missing, unexpected or of another shape, or an output is not finite.
+        ValueError: it does not load, a weight is missing, unexpected or of another shape, an output is not finite, or
+            generation with a state differs from generation without.
     """
     with tempfile.TemporaryDirectory() as home:
         environment = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
@@ -43,8 +45,8 @@ def check_remote_code(folder: str | os.PathLike) -> dict[str, Any]:
     if result.returncode:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
         raise ValueError(
-            f"{folder} does not load by remote code in a process without this package: {lines[-1]}. Save it again with"
-            " save_pretrained, with transnormer_hf imported."
+            f"{folder} does not load by remote code in a process without this package: {lines[-1].strip().rstrip('.')}."
+            " Save it again with save_pretrained, with transnormer_hf imported."
         )
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -55,6 +57,30 @@ class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.partition(".")[0] in HIDDEN:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def check_generation(model: Any) -> None:
+    """Raise ValueError unless greedy decoding with a state has the logits of one forward without.
+
+    In float32, and by logits: where two tokens are about as likely, rounding alone may choose the other one.
+    """
+    import torch
+
+    prompt = torch.arange(3, 10)[None] % model.config.vocab_size
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad():
+        steps = model.float().generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            return_dict_in_generate=True,
+            output_logits=True,
+            use_cache=True,
+            **options,
+        )
+        whole = model(steps.sequences, use_cache=False).logits[:, prompt.shape[1] - 1 : -1]  # (1, 8, vocabulary)
+    difference = (torch.stack(steps.logits, 1) - whole).abs().max().item()
+    if not difference <= 1e-3 * whole.std().item():
+        raise ValueError(f"generation with a state and without differ by {difference:.3g} in the logits")
 
 
 def main(folder: str) -> None:
@@ -76,6 +102,8 @@ def main(folder: str) -> None:
         output = model.eval()(input_ids=torch.arange(16).reshape(2, 8)[: shape[-2]].reshape(shape) % config.vocab_size)
     if not output[0].isfinite().all():
         raise ValueError("the outputs are not finite")
+    if auto_class == "AutoModelForCausalLM":
+        check_generation(model)
     tokenizer = None
     if (Path(folder) / "tokenizer_config.json").exists():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

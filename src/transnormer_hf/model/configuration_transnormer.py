@@ -1,12 +1,20 @@
 """Configuration of TransNormer: the paper's two models, and every ablation of it, as fields."""
 
 import os
+import re
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2CLS
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# The release of this package that these files belong to; `save_pretrained` records it beside the code that it writes.
+CODE_VERSION = "0.1.0"
 
 # Both attentions of each variant: T1 pairs relu blocks with phi = elu, T2 softmax blocks
 # with phi = 1 + elu.
@@ -111,6 +119,8 @@ class TransNormerConfig(PreTrainedConfig):
             `None` is "first", or "last" for a causal model, whose first token sees nothing else.
         use_cache: Whether a causal model returns its state for generation.
         backend: "eager", "torch", "triton" or "auto" (see `ops_transnormer.py`).
+        transnormer_version: Release of this package that saved the configuration, and the code beside it; set by
+            `save_pretrained`.
     """
 
     model_type = "transnormer_hf"
@@ -156,6 +166,7 @@ class TransNormerConfig(PreTrainedConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 2
     backend: str = "auto"
+    transnormer_version: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.variant in VARIANTS:
@@ -258,9 +269,8 @@ class TransNormerConfig(PreTrainedConfig):
         So `from_pretrained(folder, num_hidden_layers=4)` has the layer types of 4 layers, unless the stored ones were
         somebody's choice: then their number is wrong, and it raises.
         """
-        if "transnormer_version" not in config_dict and config_dict.get("is_causal"):
-            # Earlier versions wrote their default, "first", also for causal models.
-            config_dict = {k: v for k, v in config_dict.items() if (k, v) != ("pooling", "first")}
+        warn_of_older_code(config_dict, kwargs.get("name_or_path") or "this model")
+        config_dict = without_former_defaults(config_dict)
         overrides = {field: kwargs.pop(field) for field in TransNormerConfig.__annotations__ if field in kwargs}
         if overrides:
             given = {name: value for name, value in config_dict.items() if name not in DERIVED_FIELDS}
@@ -274,10 +284,46 @@ class TransNormerConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers, with the `auto_map` of every head, so that one folder serves all Auto classes."""
+        """As in transformers, with the `auto_map` of every head and the release of the code that is saved with it.
+
+        So one folder serves all Auto classes, and says whether its code is older than the installed package.
+        """
         if self._auto_class is not None:
             self.auto_map = dict(AUTO_MAP)
+        self.transnormer_version = CODE_VERSION
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def without_former_defaults(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration as this version reads it: fields that an earlier one filled in by itself are left out."""
+    if "transnormer_version" not in config_dict and config_dict.get("is_causal"):
+        # Earlier versions wrote their default, "first", also for causal models.
+        return {name: value for name, value in config_dict.items() if (name, value) != ("pooling", "first")}
+    return config_dict
+
+
+def warn_of_older_code(config_dict: dict[str, Any], name: str) -> None:
+    """Say, once per model, that the code saved with it is older than the installed package.
+
+    Where the package is imported, its own code runs; everywhere else the saved code does. Folders from before the
+    version was recorded count as older.
+    """
+    if "auto_map" not in config_dict:
+        return  # a configuration without code
+    try:
+        installed = version("transnormer-hf")
+    except PackageNotFoundError:
+        return
+    recorded = config_dict.get("transnormer_version")
+    if _release(recorded or "") < _release(installed):
+        logger.warning_once(
+            f"The code saved with {name} is of transnormer-hf {recorded or '0.1.0 or earlier'}, older than the"
+            f" installed {installed}. `scripts/push_to_hub.py --refresh_code` replaces it and leaves the weights alone."
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
 def _divisors(number: int) -> str:
