@@ -122,6 +122,56 @@ def test_states_are_float32_at_least(dtype):
     assert {tensor.dtype for state in cache.states for tensor in state.tensors.values()} == {expected}
 
 
+# Gradients
+
+
+def gradients_by_segment(model, input_ids, chunks, alone, checkpointing=None):
+    """Of truncated back-propagation. alone: each segment has a state of its own, made without gradients."""
+    model.zero_grad()
+    model.train()
+    if checkpointing is not None:
+        name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": checkpointing})
+    cache, losses, seen = TransNormerCache(model.config), [], 0
+    for length in chunks:
+        if alone and seen:
+            cache = TransNormerCache(model.config)
+            with torch.no_grad():
+                model(input_ids[:, :seen], past_key_values=cache)
+        logits = model(input_ids[:, seen : seen + length], past_key_values=cache).logits
+        losses.append(logits.double().logsumexp(-1).sum())
+        seen += length
+    torch.stack(losses).sum().backward()
+    return [parameter.grad for parameter in model.parameters()], [state.tensors for state in cache.states]
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("mix", LAYER_MIXES)
+def test_truncated_back_propagation_sees_each_state_as_it_was(mix, checkpointing, backend):
+    fields = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model, input_ids = tiny_model(mix, backend=backend, **fields), torch.randint(3, 50, (2, 13))
+    expected, states = gradients_by_segment(model, input_ids, [5, 1, 1, 6], alone=True)
+    found, states_after = gradients_by_segment(model, input_ids, [5, 1, 1, 6], False, checkpointing)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    for one, other in zip(states_after, states, strict=True):  # the backward pass takes nothing in again
+        for name in other:
+            if name == "state":
+                torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_without_gradients_spares_what_autograd_has_saved():
+    model, input_ids = tiny_model("parallel").train(), torch.randint(3, 50, (1, 9))
+    cache = TransNormerCache(model.config)
+    model(input_ids[:, :4], past_key_values=cache)
+    loss = model(input_ids[:, 4:8], past_key_values=cache).logits.sum()
+    with torch.no_grad():
+        model(input_ids[:, 8:], past_key_values=cache)
+        cache.reset()
+    loss.backward()
+
+
 # Attention maps
 
 
