@@ -209,8 +209,8 @@ def check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata):
     """
     shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
     if len(shapes[0]) != 4 or shapes[0] != shapes[1] or shapes[0][:3] != shapes[2][:3] or len(shapes[2]) != 4:
-        given = ", ".join(map(str, shapes))
-        raise ValueError(f"query, key, value have shapes {given}; all three are (batch, heads, seq, head_dim).")
+        listed = ", ".join(map(str, shapes))
+        raise ValueError(f"query, key, value have shapes {listed}; all three are (batch, heads, seq, head_dim).")
     batch_size, _, seq_len, head_dim = query.shape
     dtype = query.dtype
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -224,18 +224,18 @@ def check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata):
     elif attention_mask is not None or cu_seqlens is not None:
         raise ValueError("metadata was given together with attention_mask or cu_seqlens, which it replaces; give one.")
     elif metadata.positions.shape[-1] != seq_len:
-        given = tuple(metadata.positions.shape)
-        raise ValueError(f"metadata has positions of shape {given}; these inputs need {seq_len} columns.")
+        shape = tuple(metadata.positions.shape)
+        raise ValueError(f"metadata has positions of shape {shape}; these inputs need {seq_len} columns.")
     if lrpe is not None:
         lrpe = LRPE(*lrpe)
         if head_dim % 2:
             raise ValueError(
-                f"lrpe rotates pairs of channels; head_dim={head_dim} is odd; use an even one or lrpe=None."
+                f"lrpe rotates channel pairs and head_dim={head_dim} is odd; use an even one or lrpe=None."
             )
-        given, needed = tuple(tuple(tensor.shape) for tensor in lrpe), ((head_dim // 2,), (head_dim,))
-        if given != needed:
-            needs = f"head_dim={head_dim} needs theta {needed[0]} and householder {needed[1]}"
-            raise ValueError(f"lrpe has shapes {given[0]} and {given[1]}; {needs}.")
+        theta, householder = (tuple(tensor.shape) for tensor in lrpe)
+        if theta != (head_dim // 2,) or householder != (head_dim,):
+            needed = f"head_dim={head_dim} needs theta ({head_dim // 2},) and householder ({head_dim},)"
+            raise ValueError(f"lrpe has shapes {theta} and {householder}; {needed}.")
     return query.to(dtype), key.to(dtype), value.to(dtype), lrpe, metadata
 
 
