@@ -602,7 +602,8 @@ def chunked_norm_backward(grad_output, grad_states, states, chunk_states, query,
             torch.bmm(v, grad_state.mT, out=dk)
             torch.bmm(k, grad_state, out=dv)
         return [*grads, grad_states.to(initial_state.dtype)] if needs[2] else grads
-    tensors = Tile(query, key, value, None, grad_output, *grads, rotation, grad_rotation, padding)
+    tensors = Tile(query, key, value, None, grad_output, *grads)
+    tensors = tensors._replace(rotation=rotation, grad_rotation=grad_rotation, padding=padding)
     prepare = Preparation(compute_dtype(query.dtype), feature_map, householder, grad_householder)
     for rows in row_ranges(query, cu_seqlens):
         state, grad_state = states[rows.states], grad_states[rows.states]
@@ -795,7 +796,7 @@ def chunked_diag_backward(grad_output, query, key, value, angles, householder, k
     grad_table, grad_householder = zeros_where_needed(needs, table, householder)
     prepare = Preparation(compute_dtype(query.dtype), "identity", householder, grad_householder)
     grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-    tensors = Tile(query, key, value, None, grad_output, *grads, padding=padding, kept=kept)
+    tensors = Tile(query, key, value, None, grad_output, *grads)._replace(padding=padding, kept=kept)
     blocks = Blocks.of(tensors, positions, cu_seqlens, block_size)
     for tile in blocks.tiles(block_size, table, grad_table):
         mapped_query, q = prepare.mapped_and_states(tile.query, tile.rotation)
