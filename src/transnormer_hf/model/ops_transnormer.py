@@ -170,9 +170,8 @@ def diag_attention(
 def simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8, backend: str = "auto") -> torch.Tensor:
     """SimpleRMSNorm: x / (rms(x) + eps) over the last dimension, without weights; shape and dtype of hidden_states.
 
-    backend: "triton" is one kernel, which "auto" takes for CUDA tensors; all others are `eager_simple_rms_norm`.
-
-    Raises ValueError for an unknown backend, or one that cannot run here.
+    backend: "triton" is one kernel, which "auto" takes for CUDA tensors; all others are `eager_simple_rms_norm`. Raises
+    ValueError for an unknown backend, or one that cannot run here.
     """
     if resolve_backend(backend, hidden_states) == "triton":
         return triton_simple_rms_norm(hidden_states, eps)
@@ -182,9 +181,8 @@ def simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8, backend: str
 def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
     """The backend that runs: "auto" becomes "triton" for CUDA tensors that its kernels support, else "torch".
 
-    tensors: query, key and value of an attention, or the one input of a norm.
-
-    Raises ValueError for an unknown backend, and for "triton" where it cannot run, with the reason.
+    tensors: query, key and value of an attention, or the one input of a norm. Raises ValueError for an unknown backend,
+    and for "triton" where it cannot run, with the reason.
     """
     check_choice("backend", backend, BACKENDS)
     if backend in ("eager", "torch"):
@@ -194,10 +192,9 @@ def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
     if triton is None:
         reason = 'backend="triton" needs the triton package, which is not installed; use backend="auto".'
     elif TRITON_VERSION < OLDEST_TRITON:
-        reason = (
-            f"triton {triton.__version__} is too old for the kernels of TransNormer, which need "
-            f'{".".join(map(str, OLDEST_TRITON))}; upgrade it, or use backend="torch".'
-        )
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        reason = f"triton {triton.__version__} is too old for the kernels of TransNormer, which need {oldest}; "
+        reason += 'upgrade it, or use backend="torch".'
         if backend == "auto" and not torch.compiler.is_compiling():
             logger.warning_once(reason)
     else:
@@ -238,13 +235,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 #
 # Both attentions go through the sequence in tiles, and the backward pass goes through them again and recomputes what it
 # needs: only inputs, outputs and states are as long as the sequence. A tile is copied out of the inputs, which may be
-# any views, in chunks (in DiagAttention, the blocks), (chunks, rows · heads, chunk, head_dim). All products of a tile,
-# or of one of its chunks, are then one contiguous batch of small matrices.
+# any views, in chunks (in DiagAttention, the blocks), (chunks, rows, heads, chunk, head_dim). All products of a tile,
+# or of one of its chunks, are then one batch of small matrices.
 #
 # The number of tiles is known only at run time, so each direction of each attention is one custom operator, which
-# torch.compile and torch.export keep whole. Eager calls take the same route: measured against an autograd.Function
-# around the same code (one thread), it takes 0.97 to 1.05 times as long at B1 H8 T2048 D64 and B8 H8 T128 D64, forward
-# with backward, and less in a forward alone. It adds about 70 µs to a step.
+# torch.compile and torch.export keep whole. Eager calls take the same route: forward with backward takes 0.97 to 1.05
+# times as long as an autograd.Function around the same code (one thread, B1 H8 T2048 D64 and B8 H8 T128 D64).
 
 # In tokens. Long enough to hide the overhead of calling torch, short enough for the cache: with one thread and 32 MB of
 # cache the time is flat from 256 to 1024 and rises outside.
@@ -256,33 +252,33 @@ CHUNK_SIZE, LONGEST_CHUNK = 64, 128
 
 def chunked_norm_attention(query, key, value, *, metadata, causal, feature_map, lrpe, initial_state, return_state):
     """`eager_norm_attention` by chunks: scores inside a chunk, the state K^T V between chunks."""
-    angles = householder = None
-    if lrpe is not None:
-        wide = compute_dtype(query.dtype)
-        angles = rotation_angles(metadata.positions, lrpe.theta.to(wide))  # (seq, head_dim / 2) or (batch, ...)
+    angles, householder, padding = lrpe_and_padding(metadata, metadata.positions, lrpe, query.dtype)
+    if angles is not None:
         angles = angles[None, None] if angles.dim() == 2 else angles[:, None]  # (batch or 1, 1, seq, head_dim / 2)
-        householder = lrpe.householder.to(wide)
     tensors = (query, key, value, angles, householder, initial_state)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     options = (causal, feature_map, return_state, causal and needs_grad)
-    padding = None if metadata.is_real is None else ~metadata.is_real[:, None, :, None]  # (batch, 1, seq, 1)
     output, states, _ = chunked_norm_forward(*tensors, padding, metadata.cu_seqlens, *options)
     return output, states if metadata.cu_seqlens is None else states[:-1]
 
 
 def chunked_diag_attention(query, key, value, *, metadata, block_size, causal, activation, scale, lrpe, dropout_p):
     """`eager_diag_attention` as a batch of small attentions, one per block."""
-    angles = householder = kept = None
-    if lrpe is not None:
-        # Scores depend on distances only, so one table serves all blocks, even one whose beginning is cut off.
-        wide = compute_dtype(query.dtype)
-        angles = rotation_angles(torch.arange(block_size, device=query.device), lrpe.theta.to(wide))
-        householder = lrpe.householder.to(wide)
-    if dropout_p > 0:
-        kept = torch.rand(*query.shape[:3], block_size, device=query.device) >= dropout_p
-    padding = None if metadata.is_real is None else ~metadata.is_real[:, None, :, None]  # (batch, 1, seq, 1)
+    # Scores depend on distances only, so one table serves all blocks, even one whose beginning is cut off.
+    in_block = torch.arange(block_size, device=query.device)
+    angles, householder, padding = lrpe_and_padding(metadata, in_block, lrpe, query.dtype)
+    kept = torch.rand(*query.shape[:3], block_size, device=query.device) >= dropout_p if dropout_p > 0 else None
     tensors = (query, key, value, angles, householder, kept, metadata.positions, padding, metadata.cu_seqlens)
     return chunked_diag_forward(*tensors, block_size, causal, activation, scale, dropout_p)
+
+
+def lrpe_and_padding(metadata, positions, lrpe, dtype):
+    """The angles (*positions.shape, head_dim / 2) and v of LRPE, and (batch, 1, seq, 1) True for padding; or None."""
+    padding = None if metadata.is_real is None else ~metadata.is_real[:, None, :, None]
+    if lrpe is None:
+        return None, None, padding
+    theta, householder = (parameter.to(compute_dtype(dtype)) for parameter in lrpe)
+    return rotation_angles(positions, theta), householder, padding
 
 
 class Tile(NamedTuple):
@@ -338,9 +334,9 @@ class RowRange(NamedTuple):
         return [Tile(*tile) for tile in zip(*fields)]  # noqa: B905 (repeat has no end)
 
     def before_tiles(self, chunk_states: torch.Tensor) -> torch.Tensor:
-        """Of `empty_chunk_states`, those before tiles 1, 2, ... of this range: (tiles, rows · heads, ., .)."""
+        """Of `empty_chunk_states`, those before tiles 1, 2, ... of this range."""
         earlier = self.begin // TILE_SIZE + self.states.start - self.rows.start
-        return chunk_states[earlier:, self.rows].flatten(1, 2)
+        return chunk_states[earlier:, self.rows]
 
 
 def row_ranges(query: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[RowRange]:
@@ -353,22 +349,13 @@ def row_ranges(query: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[Row
         step = max(TILE_SIZE // seq_len, 1)
         groups = [slice(begin, min(begin + step, batch_size)) for begin in range(0, batch_size, step)]
         return [RowRange(rows, 0, seq_len, rows) for rows in groups]
-    cuts = pairwise([*cu_seqlens.tolist(), seq_len])
-    ranges = [RowRange(slice(0, 1), begin, end, slice(i, i + 1)) for i, (begin, end) in enumerate(cuts)]
-    return [rows for rows in ranges if rows.begin < rows.end]
-
-
-def product(left: torch.Tensor, right: torch.Tensor, factor: float = 1) -> torch.Tensor:
-    """`factor * left @ right` of contiguous (chunks, rows · heads, ., .) or their transposes, with no broadcasting."""
-    left, right, shape = left.flatten(0, 1), right.flatten(0, 1), (*left.shape[:-1], right.shape[-1])
-    if factor == 1:
-        return torch.bmm(left, right).view(shape)
-    total = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
-    return total.baddbmm_(left, right, beta=0, alpha=factor).view(shape)
+    cuts = enumerate(pairwise([*cu_seqlens.tolist(), seq_len]))
+    return [RowRange(slice(0, 1), begin, end, slice(i, i + 1)) for i, (begin, end) in cuts if begin < end]
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float = 1) -> None:
-    total.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1), alpha=factor)
+    """`total += factor * left @ right`, for a contiguous total and without broadcasting."""
+    total.flatten(0, -3).baddbmm_(left.flatten(0, -3), right.flatten(0, -3), alpha=factor)
 
 
 def rotation_table(angles: torch.Tensor | None) -> torch.Tensor | None:
@@ -381,10 +368,7 @@ def as_complex(states: torch.Tensor) -> torch.Tensor:
 
 
 class Preparation(NamedTuple):
-    """`prepare_query_key` for tiles: a copy, then phi, LRPE and padding in place; and the gradient of all these.
-
-    Results are (chunks, rows · heads, chunk, channels), contiguous where there is more than one chunk.
-    """
+    """`prepare_query_key` for tiles: a copy, then phi, LRPE and padding in place; and the gradient of all these."""
 
     dtype: torch.dtype
     feature_map: str
@@ -393,18 +377,19 @@ class Preparation(NamedTuple):
 
     def values(self, tile, padding=None):
         if padding is not None:
-            return self._load(tile).masked_fill_(padding, 0).flatten(1, 2)
-        # one chunk can be multiplied as it lies
-        return (tile.to(self.dtype) if len(tile) == 1 else self._load(tile)).flatten(1, 2)
+            return self._load(tile).masked_fill_(padding, 0)
+        # One chunk can be multiplied as it lies, if rows and heads make one batch of matrices there.
+        values = tile.to(self.dtype) if len(tile) == 1 else self._load(tile)
+        return values.flatten(1, 2).view(tile.shape)
 
     def states(self, tile, rotation, padding=None):
         """Queries or keys as they enter the products."""
-        if self.feature_map == "identity" and rotation is None:
-            return self.values(tile, padding)
         return self.mapped_and_states(tile, rotation, padding, keeps_mapped=False)[1]
 
     def mapped_and_states(self, tile, rotation, padding=None, keeps_mapped=True):
-        """The same after phi alone, (chunks, rows, heads, chunk, channels), and at the end: `backward` needs both."""
+        """Queries or keys after phi alone, and as they enter the products: `backward` needs both."""
+        if self.feature_map == "identity" and rotation is None:
+            return None, self.values(tile, padding)
         states = mapped = self._map(self._load(tile))
         if keeps_mapped and not (rotation is None and padding is None):
             states = mapped.clone()
@@ -413,7 +398,7 @@ class Preparation(NamedTuple):
             as_complex(states).mul_(rotation)
         if padding is not None:
             states.masked_fill_(padding, 0)
-        return mapped, states.flatten(1, 2)
+        return mapped, states
 
     def _load(self, tile):
         return torch.empty(tile.shape, dtype=self.dtype, device=tile.device).copy_(tile)
@@ -432,10 +417,9 @@ class Preparation(NamedTuple):
 
     def backward(self, grad, mapped, states, tile, into):
         """Takes the gradient of `states` back to that of their tile, written to `into`, and adds to those of LRPE."""
-        grad = grad.view(into.shape)
         if tile.rotation is not None:
             if tile.grad_rotation is not None:  # its imaginary part, Im(conj(z) dz), is the gradient of the angle
-                projection = as_complex(states.view(into.shape)).conj_physical().mul_(as_complex(grad))
+                projection = as_complex(states).conj_physical().mul_(as_complex(grad))
                 tile.grad_rotation.add_(projection.sum_to_size(tile.grad_rotation.shape))
             # not the lazy conj(): operators called under a TorchDispatchMode (a FLOP counter) do not see its flag
             as_complex(grad).mul_(tile.rotation.conj_physical())
@@ -487,8 +471,8 @@ def lrpe_gradients(grad_rotation, grad_householder):
 
 
 def empty_gradients(inputs, needs):
-    needed = [tensor for tensor, is_needed in zip(inputs[3:], needs, strict=True) if is_needed]
-    return [*map(torch.empty_like, inputs[:3]), *(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in needed)]
+    others = [tensor.new_empty(tensor.shape) for tensor, need in zip(inputs[3:], needs, strict=True) if need]
+    return [*map(torch.empty_like, inputs[:3]), *others]
 
 
 def gradients_by_input(grads, needs):
@@ -516,7 +500,7 @@ def chunked_norm_forward(query, key, value, angles, householder, initial_state, 
     tensors = Tile(query, key, value, output, rotation=rotation_table(angles), padding=padding)
     prepare = Preparation(compute_dtype(query.dtype), feature_map, householder)
     for rows in row_ranges(query, cu_seqlens):
-        state = states[rows.states].flatten(0, 1)  # (rows · heads, head_dim, value_dim), written in place
+        state = states[rows.states]  # (rows, heads, head_dim, value_dim), written in place
         if causal:
             before_tiles = rows.before_tiles(chunk_states) if needs_chunk_states else None
             causal_forward(prepare, rows.tiles(tensors), state, before_tiles, initial_state is not None, needs_state)
@@ -532,10 +516,9 @@ def _(query, key, value, angles, householder, initial_state, padding, cu_seqlens
 
 
 def needs_no_preparation(query, angles, padding, cu_seqlens, feature_map):
-    """True where tokens can be multiplied as and where they lie, which is 11 to 18 % faster at 2,048 tokens."""
-    if angles is not None or padding is not None or cu_seqlens is not None or feature_map != "identity":
-        return False
-    return query.dtype == compute_dtype(query.dtype) and query.shape[2] >= TILE_SIZE  # shorter rows share a tile
+    """True where tokens can be multiplied as and where they lie, which takes a quarter less time at 2,048 tokens."""
+    is_plain = all(other is None for other in (angles, padding, cu_seqlens)) and feature_map == "identity"
+    return is_plain and query.dtype == compute_dtype(query.dtype) and query.shape[2] >= TILE_SIZE
 
 
 def first_states(query, value, initial_state, cu_seqlens):
@@ -561,10 +544,9 @@ def bidirectional_forward(prepare, tiles, state):
     """S = K^T V over all tiles, then O = Q S."""
     for tile in tiles:
         k, v = prepare.states(tile.key, tile.rotation, tile.padding), prepare.values(tile.value, tile.padding)
-        state.baddbmm_(k[0].mT, v[0])
+        add_product(state, k[0].mT, v[0])
     for tile in tiles:
-        q = prepare.states(tile.query, tile.rotation)
-        tile.output.copy_(torch.bmm(q[0], state).view(tile.output.shape))
+        tile.output.copy_(prepare.states(tile.query, tile.rotation) @ state)
 
 
 def causal_forward(prepare, tiles, state, before_tiles, has_initial_state, needs_state):
@@ -575,21 +557,20 @@ def causal_forward(prepare, tiles, state, before_tiles, has_initial_state, needs
             before_tiles[number - 1].copy_(state)
         q = prepare.states(tile.query, tile.rotation)
         k, v = prepare.states(tile.key, tile.rotation, tile.padding), prepare.values(tile.value, tile.padding)
-        out = product(product(q, k.mT).tril_(), v)  # (chunks, rows · heads, chunk, value_dim)
-        if has_state:
+        out = (q @ k.mT).tril_() @ v  # (chunks, rows, heads, chunk, value_dim)
+        if has_state or update or len(k) > 1:
             add_product(out, q, states_before(state, k, v, update))
-        elif update or len(k) > 1:  # there is nothing before the first chunk
-            add_product(out[1:], q[1:], states_before(state, k, v, update)[1:])
-        tile.output.copy_(out.view(tile.output.shape))
+        tile.output.copy_(out)
 
 
 def states_before(state, k, v, update, reverse=False):
-    """The state before each chunk of a tile, (chunks, rows · heads, head_dim, value_dim), given that before the first.
+    """The state before each chunk of a tile, (chunks, rows, heads, head_dim, value_dim), given that before the first.
 
     update: write the state after the last chunk to `state`. reverse: go from the last chunk to the first.
     """
     states = state.new_empty(len(k), *state.shape)
-    steps = list(zip(states, k.mT, v, strict=True))
+    state = state.flatten(0, 1)
+    steps = list(zip(*(tensor.flatten(1, 2) for tensor in (states, k.mT, v)), strict=True))
     if reverse:
         steps.reverse()
     steps[0][0].copy_(state)
@@ -625,7 +606,7 @@ def chunked_norm_backward(grad_output, grad_states, states, chunk_states, query,
     tensors = tensors._replace(rotation=rotation, grad_rotation=grad_rotation, padding=padding)
     prepare = Preparation(compute_dtype(query.dtype), feature_map, householder, grad_householder)
     for rows in row_ranges(query, cu_seqlens):
-        state, grad_state = states[rows.states].flatten(0, 1), grad_states[rows.states].flatten(0, 1)
+        state, grad_state = states[rows.states], grad_states[rows.states]
         if causal:
             before_tiles, tiles = rows.before_tiles(chunk_states), list(enumerate(rows.tiles(tensors)))
             for number, tile in reversed(tiles):
@@ -649,15 +630,13 @@ def bidirectional_backward(prepare, tiles, state, grad_state):
     for tile in tiles:
         mapped, q = prepare.mapped_and_states(tile.query, tile.rotation)
         do = prepare.values(tile.grad_output)
-        grad_state.baddbmm_(q[0].mT, do[0])
-        dq = torch.bmm(do[0], state.mT)  # (rows · heads, tokens, head_dim)
-        prepare.backward(dq, mapped, q, tile, into=tile.grad_query)
+        add_product(grad_state, q[0].mT, do[0])
+        prepare.backward(do @ state.mT, mapped, q, tile, into=tile.grad_query)
     for tile in tiles:
         mapped, k = prepare.mapped_and_states(tile.key, tile.rotation, tile.padding)
         v = prepare.values(tile.value, tile.padding)
-        dk = torch.bmm(v[0], grad_state.mT)  # (rows · heads, tokens, head_dim)
-        prepare.backward(dk, mapped, k, tile, into=tile.grad_key)
-        tile.grad_value.copy_(torch.bmm(k[0], grad_state).view(tile.grad_value.shape))
+        tile.grad_value.copy_(k @ grad_state)
+        prepare.backward(v @ grad_state.mT, mapped, k, tile, into=tile.grad_key)
 
 
 def causal_tile_backward(prepare, tile, state, grad_state, has_state, has_grad_state, update):
@@ -671,9 +650,9 @@ def causal_tile_backward(prepare, tile, state, grad_state, has_state, has_grad_s
     mapped_query, q = prepare.mapped_and_states(tile.query, tile.rotation)
     mapped_key, k = prepare.mapped_and_states(tile.key, tile.rotation, tile.padding)
     v, do = prepare.values(tile.value, tile.padding), prepare.values(tile.grad_output)
-    dv = product(product(q, k.mT).tril_().mT, do)  # (chunks, rows · heads, chunk, value_dim)
-    grad_scores = product(do, v.mT).tril_()  # (chunks, rows · heads, chunk, chunk)
-    dq, dk = product(grad_scores, k), product(grad_scores.mT, q)  # (chunks, rows · heads, chunk, head_dim)
+    dv = (q @ k.mT).tril_().mT @ do  # (chunks, rows, heads, chunk, value_dim)
+    grad_scores = (do @ v.mT).tril_()  # (chunks, rows, heads, chunk, chunk)
+    dq, dk = grad_scores @ k, grad_scores.mT @ q  # (chunks, rows, heads, chunk, head_dim)
     if has_state or len(k) > 1:
         add_product(dq, do, states_before(state, k, v, update=False).mT)
     if has_grad_state or len(k) > 1:
@@ -681,16 +660,15 @@ def causal_tile_backward(prepare, tile, state, grad_state, has_state, has_grad_s
         add_product(dk, v, grad_states.mT)
         add_product(dv, k, grad_states)
     elif update:
-        grad_state.baddbmm_(q[0].mT, do[0])
+        add_product(grad_state, q[0].mT, do[0])
     prepare.backward(dq, mapped_query, q, tile, into=tile.grad_query)
     prepare.backward(dk, mapped_key, k, tile, into=tile.grad_key)
-    tile.grad_value.copy_(dv.view(tile.grad_value.shape))
+    tile.grad_value.copy_(dv)
 
 
 def _save_norm_attention(ctx, inputs, output):
-    causal, (_, states, chunk_states) = inputs[8], output
     # The causal gradient does without the last states, whose owner may then write to them.
-    ctx.save_for_backward(None if causal else states, chunk_states, *inputs[:8])
+    ctx.save_for_backward(None if inputs[8] else output[1], output[2], *inputs[:8])
     ctx.options = inputs[8:10]
     ctx.set_materialize_grads(False)
 
@@ -721,8 +699,8 @@ def chunked_diag_forward(query, key, value, angles, householder, kept, positions
     for tile in blocks.tiles(block_size, table):
         q = prepare.states(tile.query, tile.rotation)
         k, v = prepare.states(tile.key, tile.rotation, tile.padding), prepare.values(tile.value, tile.padding)
-        weights = drop(block_weights(q, k, tile.padding, causal, activation, scale), tile.kept, dropout_p)
-        tile.output.copy_(product(weights, v).view(tile.output.shape))
+        weights = block_weights(q, k, tile.padding, causal, activation, scale)
+        tile.output.copy_(drop(weights, tile.kept, dropout_p) @ v)
     blocks.copy_back(blocks.tensors.output, output)
     return output
 
@@ -786,35 +764,28 @@ def take_columns(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def block_weights(q, k, padding, causal, activation, scale):
-    """The map of DiagAttention in a tile, (chunks, rows · heads, block, block)."""
+    """The map of DiagAttention in a tile, (chunks, rows, heads, block, block)."""
     visible = None if padding is None else (~padding.mT).to(q.dtype)  # (chunks, rows or 1, 1, 1, block)
     if causal:
-        earlier = q.new_ones(q.shape[2], q.shape[2]).tril_()
+        earlier = q.new_ones(q.shape[3], q.shape[3]).tril_()
         visible = earlier if visible is None else visible * earlier
-    if visible is None or activation == "relu":
-        weights = product(q, k.mT, scale)
-    else:  # hidden entries start from the lowest number, to which the scores are added
-        weights = q.new_empty(*q.shape[:3], k.shape[2])
-        by_rows(weights, padding).copy_((1 - visible) * torch.finfo(q.dtype).min)
-        add_product(weights, q, k.mT, scale)
+    weights = q.new_zeros(*q.shape[:4], k.shape[3])
+    if visible is not None and activation == "softmax":  # scores are added to the lowest number where they are hidden
+        weights.copy_((1 - visible) * torch.finfo(q.dtype).min)
+    add_product(weights, q, k.mT, scale)
     if activation == "relu":
         weights.relu_()
     else:
         torch.softmax(weights, -1, out=weights)
     if visible is not None and (activation == "relu" or padding is not None):
-        by_rows(weights, padding).mul_(visible)  # a query without any key has a row of zeros
+        weights.mul_(visible)  # a query without any key has a row of zeros
     return weights
-
-
-def by_rows(weights, padding):
-    """(chunks, rows, heads, block, block) where there is padding, which differs from row to row."""
-    return weights if padding is None else weights.unflatten(1, (padding.shape[1], -1))
 
 
 def drop(weights, kept, dropout_p):
     if kept is None:
         return weights
-    kept = kept[..., : weights.shape[-1]].to(weights.dtype).flatten(1, 2)
+    kept = kept[..., : weights.shape[-1]].to(weights.dtype)
     return weights * kept.div_(max(1 - dropout_p, torch.finfo(weights.dtype).tiny))  # nothing is kept at 1
 
 
@@ -831,17 +802,16 @@ def chunked_diag_backward(grad_output, query, key, value, angles, householder, k
         mapped_query, q = prepare.mapped_and_states(tile.query, tile.rotation)
         mapped_key, k = prepare.mapped_and_states(tile.key, tile.rotation, tile.padding)
         v, do = prepare.values(tile.value, tile.padding), prepare.values(tile.grad_output)
-        weights = block_weights(q, k, tile.padding, causal, activation, scale)  # (chunks, rows · heads, block, block)
-        dv = product(drop(weights, tile.kept, dropout_p).mT, do)
-        grad_scores = drop(product(do, v.mT), tile.kept, dropout_p)
+        weights = block_weights(q, k, tile.padding, causal, activation, scale)  # (chunks, rows, heads, block, block)
+        tile.grad_value.copy_(drop(weights, tile.kept, dropout_p).mT @ do)
+        grad_scores = drop(do @ v.mT, tile.kept, dropout_p)
         if activation == "relu":
             grad_scores.mul_(weights.sign())
         else:
             grad_scores = torch.ops.aten._softmax_backward_data(grad_scores, weights, -1, weights.dtype)
-        dq, dk = product(grad_scores, k, scale), product(grad_scores.mT, q, scale)
-        prepare.backward(dq, mapped_query, q, tile, into=tile.grad_query)
-        prepare.backward(dk, mapped_key, k, tile, into=tile.grad_key)
-        tile.grad_value.copy_(dv.view(tile.grad_value.shape))
+        grad_scores.mul_(scale)
+        prepare.backward(grad_scores @ k, mapped_query, q, tile, into=tile.grad_query)
+        prepare.backward(grad_scores.mT @ q, mapped_key, k, tile, into=tile.grad_key)
     shifted = blocks.tensors
     for found, grad in zip((shifted.grad_query, shifted.grad_key, shifted.grad_value), grads, strict=True):
         blocks.copy_back(found, grad)

@@ -1,8 +1,9 @@
 """The definitions of TransNormer ("The Devil in Linear Transformer", EMNLP 2022), in plain torch. Read this file first.
 
 In order: the feature maps and LRPE that queries and keys go through, the positions and padding of a batch, the two
-attentions and SimpleRMSNorm. The attentions here form whole (seq, seq) maps: they are quadratic in length, and every
-faster form, in torch or in Triton, must equal them. `ops_transnormer.py` chooses between the forms.
+attentions (their arguments are explained, and checked, in `norm_attention` and `diag_attention` of
+`ops_transnormer.py`) and SimpleRMSNorm. The attentions here form whole (seq, seq) maps: they are quadratic in length,
+and every faster form, in torch or in Triton, must equal them.
 
 Shapes are (batch, heads, seq, head_dim) throughout. Sums and states are float32 whatever the inputs (float64 for
 float64 inputs), and outputs have the dtype of `value`.
@@ -30,13 +31,12 @@ def apply_feature_map(hidden_states: torch.Tensor, feature_map: str) -> torch.Te
 
     Raises ValueError for an unknown feature_map.
     """
+    check_choice("feature_map", feature_map, FEATURE_MAPS)
     if feature_map == "identity":
         return hidden_states
     if feature_map == "elu":
         return F.elu(hidden_states)
-    if feature_map == "1+elu":
-        return 1 + F.elu(hidden_states)
-    raise ValueError(f"feature_map={feature_map!r} is not known; choose one of {', '.join(map(repr, FEATURE_MAPS))}.")
+    return 1 + F.elu(hidden_states)
 
 
 class LRPE(NamedTuple):
@@ -137,10 +137,8 @@ def attention_metadata(
         if attention_mask is not None:
             raise ValueError("attention_mask and cu_seqlens were both given; a packed row has no padding, give one.")
         if cu_seqlens.dim() != 1 or batch_size != 1:
-            raise ValueError(
-                f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and the batch size is {batch_size}; packed sequences "
-                "lie in one row (batch size 1) with cu_seqlens of shape (num_sequences + 1,)."
-            )
+            shapes = f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and the batch size is {batch_size}"
+            raise ValueError(f"{shapes}; packed sequences lie in one row, with cu_seqlens (num_sequences + 1,).")
         sequence_ids = torch.searchsorted(cu_seqlens.long(), columns, right=True) - 1
         positions = columns - cu_seqlens.long()[sequence_ids]
         if isinstance(position_offset, torch.Tensor) and position_offset.dim() == 1:
@@ -154,11 +152,8 @@ def attention_metadata(
     if attention_mask is None:
         return AttentionMetadata(columns + offset)
     if attention_mask.shape != (batch_size, seq_len):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; supported is (batch, seq) = "
-            f"{(batch_size, seq_len)} with 1 for real tokens and 0 for padding. Causality is set by `causal`, "
-            "packed sequences by `cu_seqlens`."
-        )
+        supported = f"(batch, seq) = {(batch_size, seq_len)} with 1 for real tokens and 0 for padding"
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; supported is {supported}.")
     is_real = attention_mask.bool()
     leading = count_leading_padding(is_real)[:, None]  # (batch, 1)
     if isinstance(offset, torch.Tensor):  # multiplied: an offset on the device must not be read by the host
@@ -207,25 +202,16 @@ def count_leading_padding(is_real: torch.Tensor) -> torch.Tensor:
     return (is_real.cumsum(-1) == 0).sum(-1)
 
 
-def check_inputs(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lrpe: LRPE | tuple[torch.Tensor, torch.Tensor] | None,
-    attention_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    metadata: AttentionMetadata | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LRPE | None, AttentionMetadata]:
-    """The inputs of an attention in their widest dtype, and their metadata: the one check that all backends rely on.
+def check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata):
+    """The inputs of `norm_attention` or `diag_attention`, checked once for all backends.
 
+    Returns query, key and value in their widest dtype, lrpe as an LRPE or None, and the AttentionMetadata.
     Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
     if len(shapes[0]) != 4 or shapes[0] != shapes[1] or shapes[0][:3] != shapes[2][:3] or len(shapes[2]) != 4:
-        raise ValueError(
-            f"query, key, value have shapes {shapes[0]}, {shapes[1]}, {shapes[2]}; all three are "
-            "(batch, heads, seq, head_dim)."
-        )
+        listed = ", ".join(map(str, shapes))
+        raise ValueError(f"query, key, value have shapes {listed}; all three are (batch, heads, seq, head_dim).")
     batch_size, _, seq_len, head_dim = query.shape
     dtype = query.dtype
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -239,20 +225,18 @@ def check_inputs(
     elif attention_mask is not None or cu_seqlens is not None:
         raise ValueError("metadata was given together with attention_mask or cu_seqlens, which it replaces; give one.")
     elif metadata.positions.shape[-1] != seq_len:
-        raise ValueError(
-            f"metadata has positions of shape {tuple(metadata.positions.shape)}; these inputs need {seq_len} columns."
-        )
+        shape = tuple(metadata.positions.shape)
+        raise ValueError(f"metadata has positions of shape {shape}; these inputs need {seq_len} columns.")
     if lrpe is not None:
         lrpe = LRPE(*lrpe)
         if head_dim % 2:
             raise ValueError(
-                f"lrpe rotates pairs of channels and head_dim={head_dim} is odd; use an even one or lrpe=None."
+                f"lrpe rotates channel pairs and head_dim={head_dim} is odd; use an even one or lrpe=None."
             )
-        if lrpe.theta.shape != (head_dim // 2,) or lrpe.householder.shape != (head_dim,):
-            raise ValueError(
-                f"lrpe has shapes {tuple(lrpe.theta.shape)} and {tuple(lrpe.householder.shape)}; head_dim={head_dim} "
-                f"needs theta ({head_dim // 2},) and householder ({head_dim},)."
-            )
+        theta, householder = (tuple(tensor.shape) for tensor in lrpe)
+        if theta != (head_dim // 2,) or householder != (head_dim,):
+            needed = f"head_dim={head_dim} needs theta ({head_dim // 2},) and householder ({head_dim},)"
+            raise ValueError(f"lrpe has shapes {theta} and {householder}; {needed}.")
     return query.to(dtype), key.to(dtype), value.to(dtype), lrpe, metadata
 
 
@@ -289,29 +273,17 @@ def keys_after_query(seq_len: int, device: torch.device) -> torch.Tensor:
 # NormAttention
 
 
-def eager_norm_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    metadata: AttentionMetadata,
-    causal: bool,
-    feature_map: str,
-    lrpe: LRPE | None,
-    initial_state: torch.Tensor | None,
-    return_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_norm_attention(query, key, value, *, metadata, causal, feature_map, lrpe, initial_state, return_state):
     """NormAttention before its norm, O = phi(Q) (phi(K)^T V), without a denominator (Eqs. 13-14 of the paper).
 
     Computed as (phi(Q) phi(K)^T) V, with a mask on the scores if causal. LRPE follows phi. The state is phi(K)^T V.
 
-    query, key: (batch, heads, seq, head_dim); value: (batch, heads, seq, value_dim). initial_state and the state that
-    is returned: (batch or num_sequences, heads, head_dim, value_dim).
+    query, key: (batch, heads, seq, head_dim); value: (batch, heads, seq, value_dim); the others as in `norm_attention`,
+    whose checks come first. Both states: (batch or num_sequences, heads, head_dim, value_dim); returned in any case.
     """
     wide = compute_dtype(query.dtype)
-    scores, query_states, key_states = norm_attention_map(
-        query, key, metadata=metadata, causal=causal, feature_map=feature_map, lrpe=lrpe
-    )
+    options = {"metadata": metadata, "causal": causal, "feature_map": feature_map, "lrpe": lrpe}
+    scores, query_states, key_states = norm_attention_map(query, key, **options)
     value_states = zero_padding(value.to(wide), metadata)
     output = scores @ value_states  # (batch, heads, seq, value_dim)
 
@@ -330,15 +302,7 @@ def eager_norm_attention(
     return output.to(value.dtype), state
 
 
-def norm_attention_map(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    *,
-    metadata: AttentionMetadata,
-    causal: bool,
-    feature_map: str,
-    lrpe: LRPE | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def norm_attention_map(query, key, *, metadata, causal, feature_map, lrpe):
     """The unnormalised map phi(Q) phi(K)^T, (batch, heads, seq, seq), one row per query; and the Q and K it is made of.
 
     Scores may be negative even for a positive phi, because the rotation of LRPE comes after it.
@@ -356,49 +320,19 @@ def norm_attention_map(
 # DiagAttention
 
 
-def eager_diag_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    metadata: AttentionMetadata,
-    block_size: int,
-    causal: bool,
-    activation: str,
-    scale: float,
-    lrpe: LRPE | None,
-    dropout_p: float,
-) -> torch.Tensor:
+def eager_diag_attention(query, key, value, *, metadata, block_size, causal, activation, scale, lrpe, dropout_p):
     """DiagAttention, O_b = softmax(scale Q_b K_b^T) V_b in each block b of `block_size` tokens (T2), or with relu (T1).
 
     A (seq, seq) map that is zero outside of the blocks, times the values: (batch, heads, seq, value_dim).
     """
-    weights = diag_attention_map(
-        query,
-        key,
-        metadata=metadata,
-        block_size=block_size,
-        causal=causal,
-        activation=activation,
-        scale=scale,
-        lrpe=lrpe,
-    )
+    options = {"causal": causal, "activation": activation, "scale": scale, "lrpe": lrpe}
+    weights = diag_attention_map(query, key, metadata=metadata, block_size=block_size, **options)
     weights = F.dropout(weights, dropout_p)
     value_states = zero_padding(value.to(weights.dtype), metadata)
     return (weights @ value_states).to(value.dtype)
 
 
-def diag_attention_map(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    *,
-    metadata: AttentionMetadata,
-    block_size: int,
-    causal: bool,
-    activation: str,
-    scale: float,
-    lrpe: LRPE | None,
-) -> torch.Tensor:
+def diag_attention_map(query, key, *, metadata, block_size, causal, activation, scale, lrpe):
     """The map of DiagAttention, (batch, heads, seq, seq): zero outside of the blocks on the diagonal.
 
     The positions of LRPE restart in every block. A query that sees no real key has a row of zeros.
