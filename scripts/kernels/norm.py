@@ -45,11 +45,11 @@ _USES = (
 _TENSORS = ("query", "key", "value", "output", "output_grad", "query_grad", "key_grad", "value_grad")
 
 
-def _variants(kernel: Any, name: str) -> Callable[[str, str, int], Iterator[KernelVariant]]:
+def _variants(kernel: Any) -> Callable[[str, str, int], Iterator[KernelVariant]]:
     def variants(target: str, dtype: str, head_dim: int) -> Iterator[KernelVariant]:
         if head_dim > MAX_HEAD_DIM:
             return
-        options = dict(launch_options(name, target, dtype, head_dim, head_dim))
+        options = dict(launch_options(target, dtype, head_dim, head_dim))
         for use in _USES:
             constexprs: dict[str, Any] = kernel_constants(target, dtype, head_dim, head_dim, False) | {
                 "BLOCK_T": options["BLOCK_T"],
@@ -133,7 +133,7 @@ def norm_attention_traffic(
     sums = 2 * unit + 2 * segments * state + state + causal * stored  # and their scan
     forward = sums + (4 * unit + stored if causal else 2 * unit + state)
     backward = sums + 7 * unit + 2 * (stored if causal else state)
-    tiles = segments * SEGMENT // launch_options("gradient", "sm_90", dtype, head_dim, head_dim)["BLOCK_T"]
+    tiles = segments * SEGMENT // launch_options("sm_90", dtype, head_dim, head_dim)["BLOCK_T"]
     tiles *= batch_size * num_heads
     both_launches = 2 * (6 * head_dim + mask * batch_size * seq_len) + 8 * batch_size * num_heads * segments
     forward += both_launches + 8 * tiles
@@ -144,8 +144,8 @@ def norm_attention_traffic(
 KERNELS: list[KernelSpec] = [
     KernelSpec("rms_norm", rms_norm_kernel, _rms_norm_variants(rms_norm_kernel)),
     KernelSpec("rms_norm_backward", rms_norm_backward_kernel, _rms_norm_variants(rms_norm_backward_kernel)),
-    KernelSpec("norm_sum", sum_kernel, _variants(sum_kernel, "sum")),
+    KernelSpec("norm_sum", sum_kernel, _variants(sum_kernel)),
     KernelSpec("norm_scan", scan_kernel, _scan_variants),
-    KernelSpec("norm_output", output_kernel, _variants(output_kernel, "output")),
-    KernelSpec("norm_gradient", gradient_kernel, _variants(gradient_kernel, "gradient")),
+    KernelSpec("norm_output", output_kernel, _variants(output_kernel)),
+    KernelSpec("norm_gradient", gradient_kernel, _variants(gradient_kernel)),
 ]

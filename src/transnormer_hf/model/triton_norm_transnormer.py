@@ -560,7 +560,7 @@ def norm_attention_forward(
     run = _Launches(query, value, positions, is_real, table, theta, householder, feature_map)
     run.scan(key, value, initial_state, states, final, DIRECTION=int(causal))
     tensors = {"query": query, "key": key, "value": value, "output": output, "state": states if causal else final}
-    run(output_kernel, "output", tensors, DIRECTION=int(causal))
+    run(output_kernel, run.tiles, tensors, DIRECTION=int(causal))
     return output, final, states
 
 
@@ -588,7 +588,7 @@ def norm_attention_backward(
     run.scan(query, output_grad, final_grad, state_grads, initial_grad, DIRECTION=-int(causal))
     theta_grads = None
     if theta is not None:  # from a row of each tile's dq and of its dk
-        rows = 2 * run.count_tiles("gradient")
+        rows = 2 * run.tiles
         theta_grads = new_empty((rows, query.shape[1], theta.shape[0]), query, torch.float32)
     tensors = {
         "query": query,
@@ -602,7 +602,7 @@ def norm_attention_backward(
         "state": states if causal else final,
         "state_grad": state_grads if causal else initial_grad,
     }
-    run(gradient_kernel, "gradient", tensors, DIRECTION=int(causal))
+    run(gradient_kernel, 3 * run.tiles, tensors, DIRECTION=int(causal))
     theta_grad = query.new_empty(0, dtype=torch.float32)
     if theta is not None and theta_grads is not None:
         theta_grad = theta_grads.flatten(0, 1).sum(0).to(theta.dtype)
@@ -714,7 +714,8 @@ class _Launches:
         self.num_heads, self.table = query.shape[1], table
         self.segments = _count_segments(query, table)
         self.shape = target_of(query), ELEMENT_TYPES[query.dtype], query.shape[3], value.shape[3]
-        self.like = query
+        self.options = launch_options(*self.shape)
+        self.tiles = self.segments.total * (SEGMENT // self.options["BLOCK_T"])
         self.tensors: dict[str, torch.Tensor | None] = {
             "position": None if theta is None else positions.contiguous(),
             "mask": None if is_real is None else is_real.contiguous().view(torch.uint8),
@@ -730,13 +731,10 @@ class _Launches:
             "SEGMENT": SEGMENT,
         }
 
-    def count_tiles(self, name: str) -> int:
-        """Tiles of a head in the launch of "output" or "gradient"."""
-        return self.segments.total * (SEGMENT // launch_options(name, *self.shape)["BLOCK_T"])
-
-    def __call__(self, kernel: Any, name: str, tensors: Mapping[str, torch.Tensor | None], **constants: Any) -> None:
-        programs = self.segments.total if name == "sum" else self.count_tiles(name) * (3 if name == "gradient" else 1)
-        arguments = self.arguments | kernel_constants(*self.shape, is_interpreted()) | launch_options(name, *self.shape)
+    def __call__(
+        self, kernel: Any, programs: int, tensors: Mapping[str, torch.Tensor | None], **constants: Any
+    ) -> None:
+        arguments = self.arguments | kernel_constants(*self.shape, is_interpreted()) | self.options
         taken = {name: value for name, value in arguments.items() if name in kernel.arg_names or name in OPTIONS}
         launch(kernel, (programs, self.num_heads), {**self.tensors, **tensors}, **taken, **constants)
 
@@ -751,7 +749,7 @@ class _Launches:
     ) -> None:
         """Fill `states` and `total` from the sums over key and value."""
         sums = new_empty((self.segments.total, *total.shape[1:]), key, torch.float32)
-        self(sum_kernel, "sum", {"key": key, "value": value, "sum": sums})
+        self(sum_kernel, self.segments.total, {"key": key, "value": value, "sum": sums})
         size = total.shape[2] * total.shape[3]
         tensors = {"sum": sums, "states": states, "total": total, "table": self.table}
         launch(
@@ -785,20 +783,19 @@ def kernel_constants(target: str, dtype: str, head_dim: int, value_dim: int, int
 
 
 @lru_cache
-def launch_options(kernel: str, target: str, dtype: str, head_dim: int, value_dim: int) -> dict[str, int]:
-    """BLOCK_T, HALVES, num_warps and num_stages of a kernel ("sum", "output", "gradient").
+def launch_options(target: str, dtype: str, head_dim: int, value_dim: int) -> dict[str, int]:
+    """BLOCK_T, HALVES, num_warps and num_stages of all kernels but the scan.
 
-    No registers spill with these; scripts/compile_kernels.py shows it.
+    scripts/compile_kernels.py shows what they take: no registers spill at head_dim 64 and 128.
     """
-    is_wide, is_float32 = max(head_dim, value_dim) > 64, dtype == "fp32"
-    block_t = 64
-    if is_float32 or (dtype == "fp16" and is_wide):
-        block_t = 16 if is_float32 and is_wide else 32
-    # a warp of AMD is twice as wide, and has twice the registers
-    few_warps = target.startswith("gfx") or (dtype == "bf16" and not is_wide)
+    is_wide = max(head_dim, value_dim) > 64
+    through_registers = target.startswith("sm_") and target not in ("sm_90", "sm_100", "sm_103")  # operands of products
+    block_t = 32 if is_wide and (dtype == "fp16" or through_registers) else 64
+    if dtype == "fp32":
+        block_t = 16
     return {
         "BLOCK_T": min(block_t, SEGMENT),
-        "HALVES": is_float32 and min(head_dim, value_dim) > 16,  # a product takes 16 channels or more
-        "num_warps": 4 if few_warps else 8,
-        "num_stages": 1 if is_float32 else 2,
+        "HALVES": dtype == "fp32" and min(head_dim, value_dim) > 16,  # a product takes 16 channels or more
+        "num_warps": 4 if target.startswith("gfx") else 8,  # a warp of AMD is twice as wide
+        "num_stages": 1 if dtype == "fp32" else 2,
     }
