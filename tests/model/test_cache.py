@@ -122,6 +122,62 @@ def test_states_are_float32_at_least(dtype):
     assert {tensor.dtype for state in cache.states for tensor in state.tensors.values()} == {expected}
 
 
+# Attention maps
+
+
+@pytest.mark.parametrize("variant", ["t1", "t2"])
+@pytest.mark.parametrize("mix", ["diag", "diag, norm", "parallel"])
+@pytest.mark.parametrize("chunks", [[18], [7, 11], [5, 1, 1, 6, 5], [1] * 18])
+def test_maps_of_blocks_go_on_through_the_state(mix, variant, chunks):
+    model = tiny_model(mix, variant, backend="torch").double()
+    input_ids, attention_mask = padded_batch(18)
+    options = {"output_attentions": True, "past_key_values": TransNormerCache(model.config)}
+    seen = 0
+    with torch.no_grad():
+        whole = model(input_ids, attention_mask=attention_mask, use_cache=False, output_attentions=True).attentions
+        for length in chunks:
+            end = seen + length
+            mask = attention_mask[:, :end]
+            maps = model(input_ids[:, seen:end], attention_mask=mask, **options).attentions
+            assert len(maps) == len(whole) == mix.count("diag") + 2 * (mix == "parallel") + (mix == "diag")
+            for part, of_whole in zip(maps, whole, strict=True):
+                is_real = attention_mask[:, None, seen:end, None]
+                torch.testing.assert_close(part * is_real, of_whole[:, :, seen:end, :end] * is_real)
+            seen = end
+
+
+@pytest.mark.parametrize("assistant", [False, True])
+def test_generation_gives_the_maps_of_every_step(assistant):
+    model = tiny_model("diag")
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 50, "pad_token_id": 1}
+    options |= {"output_attentions": True, "return_dict_in_generate": True}
+    prompt = torch.randint(3, 50, (1, 7))
+    cached = model.generate(prompt, **options, **({"assistant_model": tiny_model("diag")} if assistant else {}))
+    expected = model.generate(prompt, **options, use_cache=False)
+    assert cached.sequences.equal(expected.sequences)
+    assert len(cached.attentions) == 6
+    for step, whole in zip(cached.attentions, expected.attentions, strict=True):
+        for part, of_whole in zip(step, whole, strict=True):
+            torch.testing.assert_close(part, of_whole[:, :, -part.shape[2] :])
+
+
+def test_assisted_decoding_without_any_map_is_refused_by_name():
+    model, prompt = tiny_model("norm"), torch.randint(3, 50, (1, 7))
+    with pytest.raises(ValueError, match="output_attentions=True with assisted decoding"):
+        model.generate(prompt, prompt_lookup_num_tokens=2, output_attentions=True, return_dict_in_generate=True)
+
+
+@pytest.mark.parametrize("chunks", [[6, 3], [8, 1], [1] * 9])
+def test_learned_positions_end_with_a_message_and_leave_the_state_as_it_is(chunks):
+    model = tiny_model(position_embedding="learned", max_position_embeddings=8)
+    cache = TransNormerCache(model.config)
+    input_ids = torch.randint(3, 50, (1, 9))
+    run(model, input_ids[:, :-1], cache, chunks=[*chunks[:-1], chunks[-1] - 1] if chunks[-1] > 1 else chunks[:-1])
+    with pytest.raises(ValueError, match="the input has 9 tokens and max_position_embeddings=8"):
+        run(model, input_ids, cache, chunks=[1])
+    assert cache.get_seq_length() == 8
+
+
 # Taking tokens back
 
 
@@ -155,7 +211,7 @@ def test_crop_can_go_back_behind_an_earlier_crop():
     seen = cache.get_seq_length()
     assert seen == 200 + 5 - 5 - 20 + 3 + 2 - 30 + 150 + 1 - 60
     torch.testing.assert_close(run(model, input_ids, cache, chunks=[4]), expected[:, seen : seen + 4])
-    recorded = sum(metadata.positions.shape[1] for metadata in cache.layers[0].progress.history)
+    recorded = sum(columns.shape[1] for _, columns in cache.layers[0].progress.history)
     assert recorded < 150, "what can no longer be asked for is let go"
 
 

@@ -1,8 +1,11 @@
 """The heads: losses and labels, pooling, tied and resized embeddings, and training through the Trainer."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from transnormer_hf import (
@@ -233,8 +236,18 @@ class TestSequenceClassification:
         outputs = model(make_ids(3, SEQ), labels=labels)
         torch.testing.assert_close(outputs.loss, F.mse_loss(outputs.logits, labels))
 
-    @pytest.mark.parametrize("pooling", ["first", "mean", "last"])
-    @pytest.mark.parametrize("is_causal", [True, False])
+    @pytest.mark.parametrize(
+        ("pooling", "is_causal"),
+        [
+            ("first", False),
+            ("mean", False),
+            ("last", False),
+            ("mean", True),
+            ("last", True),
+            (None, True),
+            (None, False),
+        ],
+    )
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_pooling_takes_real_tokens(self, pooling, is_causal, side):
         model = make_model(TransNormerForSequenceClassification, pooling=pooling, is_causal=is_causal)
@@ -245,6 +258,50 @@ class TestSequenceClassification:
         if side == "left":
             input_ids[0], mask[0] = input_ids[0].roll(SEQ - 4), mask[0].flip(0)
         torch.testing.assert_close(model(input_ids, attention_mask=mask).logits, expected, rtol=1e-4, atol=1e-5)
+
+    def test_a_causal_model_pools_a_token_that_has_seen_the_text(self):
+        model = make_model(TransNormerForSequenceClassification, is_causal=True)
+        assert model.config.pooling == "last"
+        input_ids = make_ids(1, SEQ).expand(2, -1).clone()
+        input_ids[1, 1:] = (input_ids[1, 1:] + 1) % 40
+        one, other = model(input_ids).logits
+        assert not torch.allclose(one, other)
+        with pytest.raises(StrictDataclassError, match="pooling='first' with is_causal=True"):
+            make_model(TransNormerForSequenceClassification, is_causal=True, pooling="first")
+
+    def test_a_causal_language_model_becomes_such_a_classifier(self, tmp_path):
+        make_model(TransNormerForCausalLM).save_pretrained(tmp_path)
+        assert TransNormerForSequenceClassification.from_pretrained(tmp_path).config.pooling == "last"
+        config = json.loads((tmp_path / "config.json").read_text())
+        config.pop("transnormer_version", None)  # as version 0.1.0 wrote it
+        (tmp_path / "config.json").write_text(json.dumps(config | {"pooling": "first"}))
+        assert TransNormerForSequenceClassification.from_pretrained(tmp_path).config.pooling == "last"
+
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # torch.jit looks
+    @pytest.mark.parametrize("pooling", ["first", "mean", "last"])
+    def test_a_traced_or_exported_classifier_takes_other_sizes(self, pooling):
+        model = make_model(TransNormerForSequenceClassification, pooling=pooling, position_embedding="sinusoidal")
+
+        class Logits(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self, input_ids, attention_mask):
+                return self.model(input_ids, attention_mask=attention_mask).logits
+
+        def inputs(batch_size, length):
+            mask = torch.ones(batch_size, length, dtype=torch.long)
+            mask[0, 3:] = 0
+            return torch.randint(3, 40, (batch_size, length)), mask
+
+        sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=2, max=512)}
+        exported = torch.export.export(Logits(), inputs(2, 9), dynamic_shapes=(sizes, sizes)).module()
+        traced = torch.jit.trace(Logits(), inputs(2, 9), check_trace=False)
+        for other in (inputs(5, 9), inputs(3, 31)):
+            torch.testing.assert_close(exported(*other), Logits()(*other))
+        other = inputs(5, 9)
+        torch.testing.assert_close(traced(*other), Logits()(*other))
 
     def test_pooling_an_empty_row_is_finite(self):
         hidden_states, mask = torch.randn(2, 4, 8), torch.tensor([[0, 0, 0, 0], [0, 1, 1, 0]])

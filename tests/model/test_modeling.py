@@ -1,15 +1,20 @@
 """The base model: padding, packing, causality, maps, precision, compilation, and what it refuses."""
 
+import copy
 import re
 
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, set_seed
+from transformers import AutoModelForCausalLM, DynamicCache, set_seed
 
 from transnormer_hf import TransNormerCache, TransNormerConfig, TransNormerForCausalLM, TransNormerModel
 from transnormer_hf.model.configuration_transnormer import CACHE_NAME
-from transnormer_hf.model.modeling_transnormer import TransNormerDiagAttention, TransNormerNormAttention
+from transnormer_hf.model.modeling_transnormer import (
+    TransNormerDiagAttention,
+    TransNormerLRPE,
+    TransNormerNormAttention,
+)
 
 VOCABULARY, BLOCK = 50, 4
 DIAG, NORM, HYBRID = "chunked_attention", "linear_attention", "hybrid"
@@ -390,12 +395,12 @@ class TestAttentionMaps:
         for weights in model(make_ids(2, 6), mask, output_attentions=True).attentions:
             assert (weights.transpose(2, 3).transpose(1, 2)[mask == 0] == 0).all()
 
-    def test_a_step_from_a_state_has_none(self):
+    def test_a_step_from_a_state_has_none_of_norm_attention(self):
         model = make_model(is_causal=True, backend="eager")
         outputs = model(make_ids(1, 6), output_attentions=True)
         assert len(outputs.attentions) == 2
         step = model(make_ids(1, 1), past_key_values=outputs[CACHE_NAME], output_attentions=True)
-        assert step.attentions == ()
+        assert [weights.shape for weights in step.attentions] == [(1, 2, 1, 7)]  # DiagAttention's
 
 
 def enable_checkpointing(model, use_reentrant):
@@ -500,8 +505,40 @@ class TestPrecision:
     def test_loading_in_half_precision(self, tmp_path):
         make_model().save_pretrained(tmp_path)
         model = TransNormerModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-        assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+        for name, tensor in model.state_dict().items():
+            assert tensor.dtype == (torch.float32 if "lrpe" in name else torch.bfloat16), name
         assert last_hidden_state(model, make_ids(1, 9)).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("convert", ["half", "bfloat16", "to", "to a model", "from_config", "from_pretrained"])
+    def test_lrpe_stays_float32_and_long_texts_stay_right(self, convert, tmp_path):
+        model = make_model(TransNormerForCausalLM, layer_types=[DIAG, NORM], position_embedding="sinusoidal")
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, TransNormerLRPE):
+                    module.theta.mul_(1 + torch.rand_like(module.theta) / 3)  # angles that bfloat16 cannot hold
+        dtype = torch.float16 if convert == "half" else torch.bfloat16
+        if convert == "from_pretrained":
+            model.save_pretrained(tmp_path)
+            low = TransNormerForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+        elif convert == "from_config":
+            low = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
+            low.load_state_dict(model.state_dict())
+        else:
+            low = copy.deepcopy(model)
+            low = (
+                low.to(dtype)
+                if convert == "to"
+                else low.to(torch.zeros(1, dtype=dtype))
+                if "model" in convert
+                else (getattr(low, convert)())
+            )
+        assert low.lm_head.weight.dtype == dtype
+        for name, tensor in low.state_dict().items():
+            assert tensor.dtype == (torch.float32 if "lrpe" in name else dtype), name
+        input_ids = make_ids(1, 3000)
+        with torch.no_grad():
+            expected, found = (m(input_ids, use_cache=False).logits[:, -200:].float() for m in (model, low))
+        assert (found - expected).norm() / expected.norm() < 0.03
 
     def test_autocast_returns_finite_numbers_near_float32(self):
         model, input_ids = make_model(layer_types=[DIAG, NORM]), make_ids(2, 9)

@@ -29,11 +29,9 @@ def _poison(monkeypatch):
 def small_segments(monkeypatch):
     """Segments of 32 tokens in tiles of 16, so that short sequences have several of both."""
 
-    def small_tiles(*key):
-        return {"BLOCK_T": 16, "num_warps": 4, "num_stages": 1, "HALVES": False}
-
+    options = triton_norm_transnormer.launch_options
     monkeypatch.setattr(triton_norm_transnormer, "SEGMENT", 32)
-    monkeypatch.setattr(triton_norm_transnormer, "launch_options", small_tiles)
+    monkeypatch.setattr(triton_norm_transnormer, "launch_options", lambda *key: options(*key) | {"BLOCK_T": 16})
 
 
 def make_inputs(batch_size, num_heads, seq_len, head_dim, dtype=torch.float32):

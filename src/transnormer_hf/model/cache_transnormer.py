@@ -33,27 +33,11 @@ RETAINED_TOKENS = 64
 
 # What a saved state depends on: two models that differ here cannot continue each other's states.
 FINGERPRINT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "layer_types",
-    "block_size",
-    "feature_map",
-    "diag_activation",
-    "norm_type",
-    "attention_norm_type",
-    "norm_placement",
-    "embedding_norm",
-    "final_norm",
-    "position_embedding",
-    "scale_embedding",
-    "lrpe",
-    "feed_forward",
-    "hidden_act",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_types",
+    "block_size", "feature_map", "diag_activation", "norm_type", "attention_norm_type", "norm_placement",
+    "embedding_norm", "final_norm", "position_embedding", "scale_embedding", "lrpe", "feed_forward", "hidden_act",
     "hybrid_combination",
-)
+)  # fmt: skip
 
 
 class NewTokens(NamedTuple):
@@ -69,7 +53,9 @@ class NewTokens(NamedTuple):
     visible: (batch, 1, 1, block_size + 1) bool, slots that the last column sees.
     past_slots: (batch, block_size) slots of the cached block, rotated to end just before the new tokens.
     with_past: metadata of these slots followed by the new tokens, block_size + seq columns padded on the left.
-    The last four are None in a model without DiagAttention, and the last two at prefill.
+    columns: (batch, keys) column of the text where each key stands, for attention maps: of every slot at a step, of
+        `with_past` else. seen: columns of the text so far.
+    All but `seen` are None in a model without DiagAttention, and `past_slots` and `with_past` at prefill.
     """
 
     metadata: AttentionMetadata
@@ -81,13 +67,16 @@ class NewTokens(NamedTuple):
     visible: torch.Tensor | None = None
     past_slots: torch.Tensor | None = None
     with_past: AttentionMetadata | None = None
+    columns: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
 
 
 class Progress:
     """How far each row of the batch has come; one object, shared by all layers of a cache.
 
     seen: number of columns so far, padding included: a tensor, because a compiled step would specialise on a number.
-    rows: "lengths" (batch,), positions taken by each row; "is_filled" (batch, block_size + 1), see `NewTokens.visible`.
+    rows: "lengths" (batch,), positions taken by each row; and by slot of the current block (batch, block_size + 1),
+        "is_filled", see `NewTokens.visible`, and "columns", where in the text the token stands.
     """
 
     def __init__(self, block_size: int | None) -> None:
@@ -95,7 +84,7 @@ class Progress:
         self.has_begun = False
         self.seen = _zeros(dtype=torch.long, device=torch.device("cpu"))
         self.rows: dict[str, torch.Tensor] = {}
-        self.history: list[AttentionMetadata] = []  # of the recorded tokens
+        self.history: list[tuple[AttentionMetadata, torch.Tensor]] = []  # of the recorded tokens, and their columns
         self.base: dict[str, torch.Tensor] = {}  # rows as they were before the recorded tokens
         self.rollback: Rollback | None = None
 
@@ -115,21 +104,27 @@ class Progress:
             self.rows["lengths"] = _zeros(batch_size, dtype=torch.long, device=device)
             if self.block_size is not None:
                 self.rows["is_filled"] = _zeros(batch_size, self.block_size + 1, dtype=torch.bool, device=device)
+                self.rows["columns"] = _zeros(batch_size, self.block_size + 1, dtype=torch.long, device=device)
 
-    def advance(self, metadata: AttentionMetadata, is_recorded: bool) -> NewTokens:
-        """Moves every row past these tokens and says where they go."""
+    def advance(self, metadata: AttentionMetadata, is_recorded: bool, columns: torch.Tensor | None = None) -> NewTokens:
+        """Moves every row past these tokens and says where they go. columns: (batch, seq), of the text."""
         positions = metadata.positions  # (batch, seq)
+        if columns is None:
+            here = torch.arange(positions.shape[1], device=positions.device)
+            columns = self.seen + (here.expand_as(positions) if metadata.order is None else metadata.order)
+        if is_recorded:
+            self.history.append((metadata, columns))
         has_grad = torch.is_grad_enabled()
         is_step = self.has_begun and positions.shape[1] == 1 and not has_grad
-        tokens = NewTokens(metadata, not self.has_begun, is_step, is_recorded, has_grad)
+        tokens = NewTokens(metadata, not self.has_begun, is_step, is_recorded, has_grad, seen=self.seen)
         if self.block_size is not None:
-            tokens = self._assign_slots(tokens, self.block_size)
+            tokens = self._assign_slots(tokens, self.block_size, columns)
         self.rows["lengths"].copy_(self._length_after(metadata))
         self.seen.add_(positions.shape[1])
         self.has_begun = True
         return tokens
 
-    def _assign_slots(self, tokens: NewTokens, block_size: int) -> NewTokens:
+    def _assign_slots(self, tokens: NewTokens, block_size: int, columns: torch.Tensor) -> NewTokens:
         """Finds the slot of each token in the current block of its row, and moves on to that block."""
         metadata, is_filled, lengths = tokens.metadata, self.rows["is_filled"], self.rows["lengths"][:, None]
         positions, is_real = metadata.positions, metadata.is_real
@@ -142,20 +137,25 @@ class Progress:
             past_slots = past.clamp(min=0)
             is_visible = torch.cat(((past >= 0) & is_filled.gather(1, past_slots), _real_columns(metadata)), 1)
             with_past = metadata._replace(positions=torch.cat((past, within), 1), is_real=is_visible)
-            tokens = tokens._replace(past_slots=past_slots, with_past=with_past)
+            of_keys = torch.cat((self.rows["columns"].gather(1, past_slots), columns), 1)
+            tokens = tokens._replace(past_slots=past_slots, with_past=with_past, columns=of_keys)
 
         end = self._length_after(metadata)[:, None]  # (batch, 1)
         start = (end - 1) - (end - 1) % block_size
         if metadata.is_contiguous:  # no earlier column can be in the current block
-            positions, is_real = positions[:, -block_size:], None if is_real is None else is_real[:, -block_size:]
+            positions, columns = positions[:, -block_size:], columns[:, -block_size:]
+            is_real = None if is_real is None else is_real[:, -block_size:]
         is_inside = positions >= start.clamp(min=0)
         if is_real is not None:
             is_inside = is_inside & is_real
         slots = torch.where(is_inside, positions - start, block_size)
         is_filled.logical_and_(block_start == start).scatter_(1, slots, is_inside)
+        self.rows["columns"].scatter_(1, slots, columns)
         visible = is_filled
         if is_real is not None:  # a padding token may see nothing: it gets the last slot, not NaN
             visible = torch.cat((is_filled[:, :-1], ~is_filled.any(1, keepdim=True)), 1)
+        if tokens.is_step:
+            tokens = tokens._replace(columns=self.rows["columns"])
         return tokens._replace(slots=slots, visible=visible[:, None, None, :])
 
     def _length_after(self, metadata: AttentionMetadata) -> torch.Tensor:
@@ -176,7 +176,7 @@ class Progress:
         Raises RuntimeError if these tokens were not recorded.
         """
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(int(self.seen) - tokens_to_remove, 0)
-        recorded = sum(metadata.positions.shape[1] for metadata in self.history)
+        recorded = sum(columns.shape[1] for _, columns in self.history)
         if count > recorded:
             raise RuntimeError(
                 f"crop({tokens_to_remove}) cannot take back {count} of {int(self.seen)} tokens: the last {recorded} "
@@ -187,21 +187,22 @@ class Progress:
         self.rollback = None
         if not count and settled < RETAINED_TOKENS:
             return
-        positions = torch.cat([metadata.positions for metadata in self.history], 1)
-        is_real = torch.cat([_real_columns(metadata) for metadata in self.history], 1)
-        is_contiguous = all(metadata.is_contiguous for metadata in self.history)
+        positions = torch.cat([metadata.positions for metadata, _ in self.history], 1)
+        is_real = torch.cat([_real_columns(metadata) for metadata, _ in self.history], 1)
+        of_text = torch.cat([columns for _, columns in self.history], 1)
+        is_contiguous = all(metadata.is_contiguous for metadata, _ in self.history)
         _restore(self.rows, self.base)
         self.seen.sub_(recorded)
         self.history, self.base = [], {}
         replays: list[tuple[slice, NewTokens]] = []
-        for columns in (slice(settled), slice(settled, kept)):
-            metadata = AttentionMetadata(positions[:, columns], is_real[:, columns], is_contiguous=is_contiguous)
+        for part in (slice(settled), slice(settled, kept)):
+            metadata = AttentionMetadata(positions[:, part], is_real[:, part], is_contiguous=is_contiguous)
             if not metadata.positions.shape[1]:
                 continue
-            is_recorded = columns.stop == kept
+            is_recorded = part.stop == kept
             if is_recorded:
-                self.history, self.base = [metadata], _clone(self.rows)
-            replays.append((columns, self.advance(metadata, is_recorded)))
+                self.base = _clone(self.rows)
+            replays.append((part, self.advance(metadata, is_recorded, of_text[:, part])))
         self.rollback = Rollback(replays)
 
     def reset(self) -> None:
@@ -215,8 +216,11 @@ class Progress:
         """Applies an indexing function to everything that has one row per sequence."""
         self.rows, self.base = _map(change, self.rows), _map(change, self.base)
         self.history = [
-            metadata._replace(positions=change(metadata.positions), is_real=change(_real_columns(metadata)))
-            for metadata in self.history
+            (
+                metadata._replace(positions=change(metadata.positions), is_real=change(_real_columns(metadata))),
+                change(columns),
+            )
+            for metadata, columns in self.history
         ]
 
 
@@ -227,25 +231,21 @@ class Rollback(NamedTuple):
 
 
 class AttentionState:
-    """What one attention remembers: `tensors`, batch first, empty before the first token.
+    """What one attention remembers: `tensors`, batch first, empty before the first token. Subclasses `allocate` them,
+    and `write` new keys and values to them.
 
     history: keys and values that `crop` may take back, while it records. base: the tensors before them.
     is_saved: True if autograd may have saved the tensors: they are then replaced, not overwritten.
     """
+
+    allocate: Callable[..., None]
+    write: Callable[..., None]
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.is_saved = False
         self.history: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.base: dict[str, torch.Tensor] = {}
-
-    def allocate(
-        self, batch_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        raise NotImplementedError
-
-    def write(self, key: torch.Tensor, value: torch.Tensor, tokens: NewTokens) -> None:
-        raise NotImplementedError
 
     def append(
         self, key: torch.Tensor, value: torch.Tensor, tokens: NewTokens, new_state: torch.Tensor | None = None
@@ -365,6 +365,12 @@ class StateUpdate:
         keys, values = self.past["keys"], self.past["values"]
         slots = self.tokens.past_slots[:, None, :, None].expand(*keys.shape[:2], -1, keys.shape[3])
         return keys.gather(2, slots), values.gather(2, slots)
+
+    def attention_map(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weights (batch, heads, seq, keys) on what `tokens.columns` names, as a map (batch, heads, seq, seen)."""
+        batch_size, heads, seq_len, _ = weights.shape
+        whole = weights.new_zeros(batch_size, heads, seq_len, int(self.tokens.seen))
+        return whole.scatter_add_(3, self.tokens.columns[:, None, None, :].expand_as(weights), weights)
 
 
 class TransNormerCacheLayer(CacheLayerMixin):
@@ -581,6 +587,10 @@ class TransNormerCache(Cache):
                 index, name = key.split(".")
                 tensors[int(index)][name] = saved.get_tensor(key).clone()  # not a view of the file
         progress.has_begun = True
+        if progress.block_size is not None and "columns" not in progress.rows:  # of version 0.1.0
+            last, size = progress.rows["lengths"][:, None] - 1, progress.block_size
+            of_slots = torch.arange(size + 1, device=last.device)
+            progress.rows["columns"] = (progress.seen - 1 - last % size + of_slots).clamp(min=0)
         return cache
 
 
@@ -615,7 +625,6 @@ def receive(cache: Cache, metadata: AttentionMetadata, batch_size: int) -> list[
             progress.base = _clone(progress.rows)
             for state in states:
                 state.base = _clone(state.tensors)
-        progress.history.append(metadata)
     tokens = progress.advance(metadata, is_recording)
     updates = [tuple(StateUpdate(state, tokens) for state in layer.states) for layer in cache.layers]
     return [update if len(update) > 1 else update[0] for update in updates]

@@ -136,8 +136,16 @@ class TransNormerLRPE(nn.Module):
 class TransNormerAttention(nn.Module):
     """Projections, one of the two attentions, its norm, and the output projection.
 
-    Subclasses say what happens between the projections: `attend` on (batch, heads, seq, head_dim).
+    What happens between the projections, subclasses say, on (batch, heads, seq, head_dim) query, key and value:
+    `attend`; `step`, the same for one token after those in the state, which takes it in before the query meets it;
+    `attention_map` (batch, heads, seq, seq), and `map_with_past` (batch, heads, seq, seen) of tokens that meet a state.
+    A map is None where an attention has none.
     """
+
+    attend: Callable[..., torch.Tensor]
+    step: Callable[..., torch.Tensor]
+    attention_map: Callable[..., torch.Tensor | None]
+    map_with_past: Callable[..., torch.Tensor | None]
 
     def __init__(self, config: TransNormerConfig, has_norm: bool, gain: float = 1.0):
         super().__init__()
@@ -175,9 +183,11 @@ class TransNormerAttention(nn.Module):
         value = self._split_heads(self.v_proj(hidden_states), metadata)
         lrpe = self.lrpe() if self.lrpe is not None else None
 
-        # There is no map of tokens that meet a state: the columns of the tokens in it are gone.
-        has_map = output_attentions and (state is None or state.tokens.is_prefill)
-        weights = self.attention_map(query, key, metadata, lrpe) if has_map else None
+        weights = output_map = None
+        if output_attentions and (state is None or state.tokens.is_prefill):
+            weights = output_map = self.attention_map(query, key, metadata, lrpe)
+        elif output_attentions:
+            output_map = self.map_with_past(query, key, metadata, lrpe, state)
         if state is not None and state.tokens.is_step:
             output = self.step(query, key, value, metadata, lrpe, state)  # (batch, heads, 1, head_dim)
         else:
@@ -188,42 +198,15 @@ class TransNormerAttention(nn.Module):
         if order is not None:
             back = order.argsort(1)
             output = output.take_along_dim(back[..., None], 1)
-            if weights is not None:
-                weights = weights.take_along_dim(back[:, None, :, None], 2).take_along_dim(back[:, None, None, :], 3)
-        return self.out_proj(output), weights
+            if output_map is not None:
+                output_map = output_map.take_along_dim(back[:, None, :, None], 2)
+                output_map = output_map.take_along_dim(back[:, None, None, :], 3)
+        return self.out_proj(output), output_map
 
     def _split_heads(self, states: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         # packed sequences may lie in several rows; the attentions take them in one
         batch_size = states.shape[0] if metadata.cu_seqlens is None else 1
         return states.view(batch_size, -1, self.num_heads, self.head_dim).transpose(1, 2)
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        metadata: AttentionMetadata,
-        lrpe: LRPE | None,
-        state: StateUpdate | None,
-    ) -> torch.Tensor:
-        raise NotImplementedError
-
-    def step(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        metadata: AttentionMetadata,
-        lrpe: LRPE | None,
-        state: StateUpdate,
-    ) -> torch.Tensor:
-        """`attend` for one token after those in the state: the state takes it in, then the query meets the state."""
-        raise NotImplementedError
-
-    def attention_map(
-        self, query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata, lrpe: LRPE | None
-    ) -> torch.Tensor | None:
-        raise NotImplementedError
 
 
 class TransNormerNormAttention(TransNormerAttention):
@@ -268,6 +251,9 @@ class TransNormerNormAttention(TransNormerAttention):
         if self.config.backend != "eager":  # no other backend ever forms this map
             return None
         return norm_attention_map(query, key, metadata=metadata, lrpe=lrpe, **self.options)[0]
+
+    def map_with_past(self, query, key, metadata, lrpe, state):
+        return None  # the state is a sum over past keys
 
 
 class TransNormerDiagAttention(TransNormerAttention):
@@ -323,6 +309,25 @@ class TransNormerDiagAttention(TransNormerAttention):
     def attention_map(self, query, key, metadata, lrpe):
         weights = diag_attention_map(query, key, metadata=metadata, lrpe=lrpe, **self.options)
         return nn.functional.dropout(weights, self.dropout_p, self.training)
+
+    def map_with_past(self, query, key, metadata, lrpe, state):
+        wide, block_size, tokens = compute_dtype(query.dtype), self.config.block_size, state.tokens
+        query, key = query.to(wide), key.to(wide)
+        if lrpe is not None:
+            within_block = metadata.positions % block_size
+            query, key = apply_lrpe(query, within_block, lrpe), apply_lrpe(key, within_block, lrpe)
+        if not tokens.is_step:
+            past_key, _ = state.past_block()
+            query = nn.functional.pad(query, (0, 0, block_size, 0))
+            options = self.options | {"metadata": tokens.with_past, "lrpe": None}
+            weights = diag_attention_map(query, torch.cat((past_key, key), 2), **options)
+            return state.attention_map(weights[:, :, block_size:])
+        slots = tokens.slots[:, None, :, None].expand_as(key)
+        scores = (query * self.options["scale"]) @ state.past["keys"].scatter(2, slots, key).mT
+        if self.options["activation"] == "relu":
+            return state.attention_map(scores.relu() * tokens.visible)
+        lowest = torch.finfo(wide).min
+        return state.attention_map(scores.masked_fill(~tokens.visible, lowest).softmax(-1) * tokens.visible)
 
 
 class TransNormerHybridAttention(nn.Module):
@@ -426,18 +431,26 @@ class TransNormerPositions(nn.Module):
             # row 1 is fairseq's row for padding: never used, there so that released tables fit
             self.embedding = nn.Embedding(config.max_position_embeddings + FIRST_POSITION, config.hidden_size, 1)
 
-    def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor, is_packed: bool) -> torch.Tensor:
-        """hidden_states (batch, seq, hidden_size) plus the embedding of positions, (seq,) or (batch, seq)."""
+    def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor, max_length: int | None) -> torch.Tensor:
+        """hidden_states (batch, seq, hidden_size) plus the embedding of positions, (seq,) or (batch, seq).
+
+        max_length: a number that no position reaches; None: the host looks for the largest, and waits for the device.
+
+        Raises ValueError for positions that were not learned.
+        """
         if self.kind == "none":
             return hidden_states
-        positions = positions.clamp(min=0) + FIRST_POSITION
+        positions = positions.clamp(min=0)
         if self.kind == "learned":
-            if hidden_states.shape[1] > self.max_positions and not is_packed:
+            if max_length is None:
+                max_length = int(positions.max()) + 1 if positions.numel() and not torch.compiler.is_compiling() else 0
+            if max_length > self.max_positions:
                 raise ValueError(
-                    f"the input has {hidden_states.shape[1]} tokens and max_position_embeddings={self.max_positions} "
-                    "positions were learned; truncate the input, or use position_embedding='sinusoidal' or 'none'."
+                    f"the input has {max_length} tokens and max_position_embeddings={self.max_positions} positions "
+                    "were learned; truncate the input, or use position_embedding='sinusoidal' or 'none'."
                 )
-            return hidden_states + self.embedding(positions)
+            return hidden_states + self.embedding(positions + FIRST_POSITION)
+        positions = positions + FIRST_POSITION
         half = self.hidden_size // 2
         steps = torch.arange(half, device=hidden_states.device, dtype=torch.float32)
         cos, sin = rotation_table(positions, 10000 ** (-steps / (half - 1)))
@@ -539,16 +552,22 @@ class TransNormerModel(TransNormerPreTrainedModel):
         metadata = self._metadata(inputs_embeds, attention_mask, position_ids, cache, kwargs.get("cu_seq_lens_q"))
         metadata = with_segments(metadata)
         is_packed = metadata.cu_seqlens is not None
+        positions = metadata.positions.view(inputs_embeds.shape[:2]) if is_packed else metadata.positions
+        if position_ids is not None:
+            positions = position_ids
+        max_length: int | None = inputs_embeds.shape[1]
+        if is_packed and position_ids is None and positions.device.type != "cpu":
+            max_length = 0  # cu_seq_lens_q is there to spare the host a look
+        elif is_packed or position_ids is not None or not isinstance(cache_lengths(cache), int):
+            max_length = None
+        hidden_states = self.embed_positions(inputs_embeds * self.embed_scale, positions, max_length)
+        hidden_states = self.dropout(self.embed_norm(hidden_states))
+
         if cache is None and use_cache and self.is_causal and not self.training and not is_packed:
             cache = TransNormerCache(self.config)
         updates: list[Any] = [None] * len(self.layers)
         if cache is not None:
             updates = receive(cache, metadata, batch_size=inputs_embeds.shape[0])
-        positions = metadata.positions.view(inputs_embeds.shape[:2]) if is_packed else metadata.positions
-        if position_ids is not None:
-            positions = position_ids
-        hidden_states = self.embed_positions(inputs_embeds * self.embed_scale, positions, is_packed)
-        hidden_states = self.dropout(self.embed_norm(hidden_states))
 
         kwargs.setdefault("output_attentions", self.config.output_attentions)
         for layer, state in zip(self.layers, updates, strict=True):
@@ -751,6 +770,11 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             must_record = must_record or any(getattr(layer, "record_past", False) for layer in cache.layers)
             cache = TransNormerCache(self.config, is_compileable=isinstance(cache, StaticCache))
             model_kwargs[CACHE_NAME] = cache
+        if is_assisted and generation_config.output_attentions and set(self.config.layer_types) == {"linear_attention"}:
+            raise ValueError(
+                "output_attentions=True with assisted decoding: NormAttention has no attention map next to a state, "
+                "and this model has no other layer; leave one of the two out."
+            )
         if must_record:
             for layer in cache.layers:
                 layer.activate_past_recording()
@@ -885,7 +909,7 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooli
         token = is_real.argmax(1)  # (batch,)
     else:
         token = is_real.shape[1] - 1 - is_real.flip(1).argmax(1)
-    return hidden_states.take_along_dim(token[:, None, None], 1).squeeze(1)
+    return hidden_states.gather(1, token[:, None, None].expand(-1, 1, hidden_states.shape[-1])).squeeze(1)
 
 
 @auto_docstring

@@ -161,8 +161,9 @@ def attention_metadata(
         )
     is_real = attention_mask.bool()
     leading = count_leading_padding(is_real)[:, None]  # (batch, 1)
-    # multiplied, not chosen by `if`: an offset on the device must not be read by the host
-    return AttentionMetadata(columns - leading * (offset == 0) + offset, is_real)
+    if isinstance(offset, torch.Tensor):  # multiplied: an offset on the device must not be read by the host
+        return AttentionMetadata(columns - leading * (offset == 0) + offset, is_real)
+    return AttentionMetadata(columns - leading if offset == 0 else columns + offset, is_real)
 
 
 def positioned_metadata(

@@ -290,8 +290,8 @@ def add_tiles(
         mapped = load_tile(mapped_ptr, first, mask, mapped_row_stride, HEAD_DIM, BLOCK_T, BLOCK_K)
         mapped = map_tile(mapped, mask, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K).to(DOT)
         own = left
-        if HALVES:  # step < 0 is never true, but keeps the operand (of which every warp has all) out of registers
-            own += tl.where(step < 0, 1.0, 0.0)
+        if HALVES:  # adds nothing, but makes it a value of this step: its operand, which every warp holds whole, would
+            own += tl.where(step < 0, 1.0, 0.0)  # otherwise stay in registers through the loop, and spill others
         if SCORE_MAPPED:
             scores = score(own, mapped, BLOCK_T, BLOCK_K, PRECISION, HALVES)
         else:
@@ -311,13 +311,17 @@ def add_tiles(
 def write_outputs(
     query_ptr, key_ptr, value_ptr, output_ptr, state_ptr, mask_ptr,
     query_row_stride, key_row_stride, value_row_stride,
-    batch, index, head, heads, seq_len, start, begin, end, position, high, low, householder,
-    DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr, LRPE: tl.constexpr,
+    batch, index, head, heads, seq_len, start, begin, end, position, theta_ptr, householder_ptr,
+    DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """o = q' S + (q' k'^T, as DIRECTION allows) v of the tile at `start`; dv is the same of k, q and do."""
+    LRPE: tl.constexpr = theta_ptr is not None
+    high, low, householder = 0, 0, 0
+    if LRPE:
+        high, low, householder = load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
     mask = token_mask(mask_ptr, batch, seq_len, start, end, BLOCK_T)
     query_ptr = head_of(query_ptr, batch, head, seq_len, query_row_stride, HEAD_DIM)
     query = load_tile(query_ptr, start, mask, query_row_stride, HEAD_DIM, BLOCK_T, BLOCK_K)
@@ -346,8 +350,8 @@ def write_outputs(
 def write_gradients(
     left_ptr, plain_ptr, mapped_ptr, own_ptr, grad_ptr, theta_grad_ptr, state_ptr, mask_ptr,
     left_row_stride, plain_row_stride, mapped_row_stride, own_row_stride,
-    batch, index, head, heads, seq_len, start, begin, end, position, high, low, householder, theta_row,
-    DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr, LRPE: tl.constexpr,
+    batch, index, head, heads, seq_len, start, begin, end, position, theta_ptr, householder_ptr, theta_row,
+    DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
@@ -356,6 +360,10 @@ def write_gradients(
 
     That after phi and LRPE, left S^T + (left plain^T, as DIRECTION allows) mapped', goes back through them.
     """
+    LRPE: tl.constexpr = theta_ptr is not None
+    high, low, householder = 0, 0, 0
+    if LRPE:
+        high, low, householder = load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
     mask = token_mask(mask_ptr, batch, seq_len, start, end, BLOCK_T)
     left_ptr = head_of(left_ptr, batch, head, seq_len, left_row_stride, VALUE_DIM)
     left = load_tile(left_ptr, start, mask, left_row_stride, VALUE_DIM, BLOCK_T, BLOCK_V)
@@ -401,7 +409,6 @@ def output_kernel(
 ):  # fmt: skip
     """The outputs of a tile; grid (segments · tiles of a segment, heads)."""
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    LRPE: tl.constexpr = theta_ptr is not None
     segment = tile // (SEGMENT // BLOCK_T)
     batch, sequence, begin, end, position = find_segment(
         segment, table_ptr, position_ptr, position_batch_stride, seq_len, segments, SEGMENT
@@ -410,14 +417,11 @@ def output_kernel(
     index = segment
     if DIRECTION == 0:
         index = sequence
-    high, low, householder = 0, 0, 0
-    if LRPE:
-        high, low, householder = load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
     write_outputs(
         query_ptr, key_ptr, value_ptr, output_ptr, state_ptr, mask_ptr,
         query_row_stride, key_row_stride, value_row_stride,
-        batch, index, head, heads, seq_len, start, begin, end, position, high, low, householder,
-        DIRECTION, FEATURE_MAP, LRPE, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
+        batch, index, head, heads, seq_len, start, begin, end, position, theta_ptr, householder_ptr,
+        DIRECTION, FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
     )  # fmt: skip
 
 
@@ -437,7 +441,6 @@ def gradient_kernel(
     The three programs of a tile stand next to each other, so what they all read comes from memory once.
     """
     program, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    LRPE: tl.constexpr = theta_ptr is not None
     tile, gradient = program // 3, program % 3
     segment = tile // (SEGMENT // BLOCK_T)
     batch, sequence, begin, end, position = find_segment(
@@ -447,29 +450,26 @@ def gradient_kernel(
     index = segment
     if DIRECTION == 0:
         index = sequence
-    high, low, householder = 0, 0, 0
-    if LRPE:
-        high, low, householder = load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
     if gradient == 0:
         write_gradients(
             output_grad_ptr, value_ptr, key_ptr, query_ptr, query_grad_ptr, theta_grad_ptr, state_ptr, mask_ptr,
             output_grad_row_stride, value_row_stride, key_row_stride, query_row_stride,
-            batch, index, head, heads, seq_len, start, begin, end, position, high, low, householder, 2 * tile,
-            DIRECTION, FEATURE_MAP, LRPE, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
+            batch, index, head, heads, seq_len, start, begin, end, position, theta_ptr, householder_ptr, 2 * tile,
+            DIRECTION, FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
         )  # fmt: skip
     elif gradient == 1:
         write_gradients(
             value_ptr, output_grad_ptr, query_ptr, key_ptr, key_grad_ptr, theta_grad_ptr, state_grad_ptr, mask_ptr,
             value_row_stride, output_grad_row_stride, query_row_stride, key_row_stride,
-            batch, index, head, heads, seq_len, start, begin, end, position, high, low, householder, 2 * tile + 1,
-            -DIRECTION, FEATURE_MAP, LRPE, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
+            batch, index, head, heads, seq_len, start, begin, end, position, theta_ptr, householder_ptr, 2 * tile + 1,
+            -DIRECTION, FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
         )  # fmt: skip
     else:
         write_outputs(
             key_ptr, query_ptr, output_grad_ptr, value_grad_ptr, state_grad_ptr, mask_ptr,
             key_row_stride, query_row_stride, output_grad_row_stride,
-            batch, index, head, heads, seq_len, start, begin, end, position, high, low, householder,
-            -DIRECTION, FEATURE_MAP, LRPE, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
+            batch, index, head, heads, seq_len, start, begin, end, position, theta_ptr, householder_ptr,
+            -DIRECTION, FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
         )  # fmt: skip
 
 
@@ -794,9 +794,11 @@ def launch_options(kernel: str, target: str, dtype: str, head_dim: int, value_di
     block_t = 64
     if is_float32 or (dtype == "fp16" and is_wide):
         block_t = 16 if is_float32 and is_wide else 32
+    # a warp of AMD is twice as wide, and has twice the registers
+    few_warps = target.startswith("gfx") or (dtype == "bf16" and not is_wide)
     return {
         "BLOCK_T": min(block_t, SEGMENT),
-        "HALVES": is_float32,
-        "num_warps": 8 if is_wide or is_float32 else 4,
+        "HALVES": is_float32 and min(head_dim, value_dim) > 16,  # a product takes 16 channels or more
+        "num_warps": 4 if few_warps else 8,
         "num_stages": 1 if is_float32 else 2,
     }
