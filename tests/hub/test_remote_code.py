@@ -124,3 +124,21 @@ def test_with_the_package_the_same_folder_loads_without_a_question(saved_heads):
         folder = saved_heads / auto_class.__name__
         assert type(AutoConfig.from_pretrained(folder)) is TransNormerConfig
         assert type(getattr(transformers, auto_class.__name__).from_pretrained(folder)) is model_class
+
+
+def test_a_configuration_saved_alone_brings_the_code_that_it_names(tmp_path):
+    TransNormerConfig(vocab_size=50, hidden_size=16, num_attention_heads=2, num_hidden_layers=2).save_pretrained(
+        tmp_path
+    )
+    assert sorted(file.name for file in tmp_path.glob("*.py")) == SHIPPED
+    code = f"""
+from remote_code_probe import Refuse  # the package and triton cannot be imported
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+print(type(AutoModelForCausalLM.from_config(config, trust_remote_code=True)).__module__)
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.startswith("transformers_modules.")

@@ -277,7 +277,7 @@ class TestSequenceClassification:
         (tmp_path / "config.json").write_text(json.dumps(config | {"pooling": "first"}))
         assert TransNormerForSequenceClassification.from_pretrained(tmp_path).config.pooling == "last"
 
-    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # torch.jit looks
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning", "ignore::torch.jit.TracerWarning")
     @pytest.mark.parametrize("pooling", ["first", "mean", "last"])
     def test_a_traced_or_exported_classifier_takes_other_sizes(self, pooling):
         model = make_model(TransNormerForSequenceClassification, pooling=pooling, position_embedding="sinusoidal")

@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -14,7 +16,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # The release of this package that these files belong to; `save_pretrained` records it beside the code that it writes.
-CODE_VERSION = "0.1.0"
+CODE_VERSION = "0.2.0"
 
 # Both attentions of each variant: T1 pairs relu blocks with phi = elu, T2 softmax blocks
 # with phi = 1 + elu.
@@ -290,6 +292,9 @@ class TransNormerConfig(PreTrainedConfig):
         """
         if self._auto_class is not None:
             self.auto_map = dict(AUTO_MAP)
+            os.makedirs(save_directory, exist_ok=True)
+            for file in Path(__file__).parent.glob("*_transnormer.py"):  # else the map names code that is not there
+                shutil.copy(file, save_directory)
         self.transnormer_version = CODE_VERSION
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 

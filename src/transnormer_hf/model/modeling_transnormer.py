@@ -8,7 +8,7 @@ projections, norms, feed-forwards and heads around them.
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -50,6 +50,11 @@ from .reference_transnormer import (
     rotation_table,
     zero_padding,
 )
+
+if TYPE_CHECKING:  # transformers before 5.10 copies the code files that this one names, and no others
+    from .triton_common_transnormer import launch  # noqa: F401
+    from .triton_diag_transnormer import triton_diag_attention  # noqa: F401
+    from .triton_norm_transnormer import triton_norm_attention  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
