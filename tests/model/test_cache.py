@@ -145,9 +145,14 @@ def gradients_by_segment(model, input_ids, chunks, alone, checkpointing=None):
     return [parameter.grad for parameter in model.parameters()], [state.tensors for state in cache.states]
 
 
-@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
-@pytest.mark.parametrize("checkpointing", [None, False, True])
-@pytest.mark.parametrize("mix", LAYER_MIXES)
+@pytest.mark.parametrize(
+    ("mix", "checkpointing", "backend"),
+    [
+        *((mix, None, "torch") for mix in LAYER_MIXES),
+        *(("parallel", checkpointing, backend) for checkpointing in (False, True) for backend in ("torch", "eager")),
+        ("parallel", None, "triton"),
+    ],
+)
 def test_truncated_back_propagation_sees_each_state_as_it_was(mix, checkpointing, backend):
     fields = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model, input_ids = tiny_model(mix, backend=backend, **fields), torch.randint(3, 50, (2, 13))

@@ -140,7 +140,7 @@ class TestAttentionMetadata:
     def test_without_a_mask_positions_are_columns(self):
         metadata = self.metadata(seq_len=4)
         assert metadata.positions.tolist() == [0, 1, 2, 3]
-        assert metadata[1:] == (None, None, None)
+        assert metadata[1:] == (None, None, None, None, True, None)
 
     @pytest.mark.parametrize(
         ("mask", "positions"),
