@@ -39,8 +39,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import diag, norm
-from kernels.registry import KernelSpec, compile_arguments
+from kernel_registry import diag, norm
+from kernel_registry.registry import KernelSpec, compile_arguments
 from transnormer_hf.training.files import write_atomically
 
 KERNELS: list[KernelSpec] = [*norm.KERNELS, *diag.KERNELS]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.diag import diag_attention_traffic
-from kernels.norm import norm_attention_traffic
+from kernel_registry.diag import diag_attention_traffic
+from kernel_registry.norm import norm_attention_traffic
 from transnormer_hf.model import triton_diag_transnormer, triton_norm_transnormer
 from transnormer_hf.model.ops_transnormer import diag_attention, norm_attention
 

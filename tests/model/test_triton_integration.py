@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import transnormer_hf
-from kernels.diag import KERNELS as DIAG_KERNELS
-from kernels.norm import KERNELS
-from kernels.registry import compile_arguments
+from kernel_registry.diag import KERNELS as DIAG_KERNELS
+from kernel_registry.norm import KERNELS
+from kernel_registry.registry import compile_arguments
 from transnormer_hf import TransNormerConfig, TransNormerForCausalLM, TransNormerForMaskedLM
 from transnormer_hf.model import triton_common_transnormer, triton_norm_transnormer
 from transnormer_hf.model.ops_transnormer import diag_attention, norm_attention
