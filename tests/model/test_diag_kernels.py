@@ -272,7 +272,9 @@ def test_kernels_refuse_large_relu_blocks():
 )
 def test_auto_always_works(block_size, activation, head_dim, monkeypatch):
     """On a GPU, where "auto" means the kernels: what they do not take goes to plain torch."""
-    monkeypatch.setattr(ops_transnormer, "resolve_backend", lambda *_: "triton")
+    monkeypatch.setattr(
+        ops_transnormer, "resolve_backend", lambda backend, *_: "triton" if backend == "auto" else backend
+    )
     inputs, lrpe = make_inputs(1, 2, 210, head_dim)
 
     def attend(query, key, value, lrpe, **arguments):

@@ -225,6 +225,25 @@ class TestPadding:
         assert last_hidden_state(model, input_ids, **inputs).shape == (2, 9, 16)
 
 
+@pytest.mark.parametrize(
+    ("ids", "padding_idx"),
+    [
+        ({"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}, 1),
+        ({"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}, None),  # GPT-2's tokenizer pads with eos
+        ({"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": [5, 2]}, None),
+        ({"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 2}, None),
+        ({"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 2}, None),
+    ],
+)
+def test_a_pad_token_that_begins_or_ends_texts_is_learned(ids, padding_idx):
+    embedding = make_model(**ids).embed_tokens
+    assert embedding.padding_idx == padding_idx
+    token = ids["pad_token_id"]
+    if token is not None:
+        embedding(torch.tensor([token])).sum().backward()
+        assert bool(embedding.weight.grad[token].any()) == bool(embedding.weight[token].any()) == (padding_idx is None)
+
+
 class TestCausality:
     @variants
     @orders

@@ -13,7 +13,7 @@ import compile_kernels
 
 SCRIPT = Path(compile_kernels.__file__)
 ROW = {
-    "kernel": "diag_tile_forward", "target": "sm_86", "config": {"variant": "tile 64", "num_warps": 4, "num_stages": 1},
+    "kernel": "diag_forward", "target": "sm_86", "config": {"variant": "tile 64", "num_warps": 4, "num_stages": 1},
     "dtype": "bf16", "head_dim": 64, "registers": 128, "spill_bytes": 0, "shared_bytes": 8192, "tensor_core": True,
     "has_dot": True,
 }  # fmt: skip
@@ -32,7 +32,7 @@ def report_of(tmp_path, *arguments):
     return process, json.loads(output.read_text())["kernels"]
 
 
-@pytest.mark.parametrize(("kernel", "variant"), [("diag_tile", "no lrpe"), ("norm_sum", "identity")])
+@pytest.mark.parametrize(("kernel", "variant"), [("diag_forward", "no lrpe"), ("norm_sum", "identity")])
 def test_subset_for_all_default_targets(tmp_path, kernel, variant):
     process, rows = report_of(
         tmp_path, "--kernels", kernel, "--variants", variant, "--dtypes", "bf16", "--head_dims", "32", "--jobs", "1"
@@ -75,7 +75,7 @@ def test_quick_is_the_last_variant_of_each():
     assert quick == list(last.values())
 
 
-@pytest.mark.parametrize("kernel", ["norm_sum", "diag_tile_forward"])
+@pytest.mark.parametrize("kernel", ["norm_sum", "diag_forward"])
 def test_heads_of_any_width_are_read_16_bytes_at_a_time(kernel):
     """A head of 24 channels begins at a multiple of 8 elements, which is no multiple of 16."""
     code = (
@@ -101,8 +101,8 @@ def test_summary_has_the_worst_of_each():
     lines = compile_kernels.summary(rows).splitlines()
     assert "| sm_86 | 2 | 1 | 255 | 8 | 8.0 | 0 | 3 |" in lines
     assert "| sm_90 | 1 | 0 | 128 | 0 | 8.0 | 1 | 4 |" in lines
-    assert "| diag_tile_forward | bf16 | 255 / 8 / 8.0 | not compiled |" in lines
-    assert "| diag_tile_forward | fp32 | not compiled | 128 / 0 / 8.0 |" in lines
+    assert "| diag_forward | bf16 | 255 / 8 / 8.0 | not compiled |" in lines
+    assert "| diag_forward | fp32 | not compiled | 128 / 0 / 8.0 |" in lines
 
 
 def test_problems():
@@ -129,7 +129,7 @@ def test_failure_is_the_exit_status(tmp_path, monkeypatch, capsys):
         map = staticmethod(map)
 
     monkeypatch.setattr(compile_kernels, "ProcessPoolExecutor", Here)
-    arguments = ["--targets", "sm_86", "--kernels", "diag_table", "--output", str(tmp_path / "report.json")]
+    arguments = ["--targets", "sm_86", "--kernels", "norm_scan", "--output", str(tmp_path / "report.json")]
     for spill_bytes, status in ((0, 0), (16, 1)):
         monkeypatch.setattr(
             compile_kernels, "compile_job", lambda job, known, spill=spill_bytes: {**ROW, "spill_bytes": spill}
@@ -139,7 +139,8 @@ def test_failure_is_the_exit_status(tmp_path, monkeypatch, capsys):
 
 
 def test_resume_compiles_only_what_has_changed(tmp_path):
-    arguments = ["--kernels", "diag_table", "--targets", "sm_80,gfx942", "--dtypes", "bf16", "--head_dims", "32"]
+    arguments = ["--kernels", "norm_scan", "--variants", "identity", "--targets", "sm_80,gfx942"]
+    arguments += ["--dtypes", "bf16", "--head_dims", "32"]
     _, first = report_of(tmp_path, *arguments)
     report = tmp_path / "report.json"
     first[0] |= {"registers": 7}  # a mark that only a row that was kept still has
@@ -154,8 +155,9 @@ def test_resume_compiles_only_what_has_changed(tmp_path):
 
 
 def test_kernels_that_are_alike_are_each_reported(tmp_path):
-    """The table of LRPE is float32 whatever the inputs: the compiler's cache must not answer for the second."""
-    arguments = ["--kernels", "diag_table", "--targets", "sm_80", "--dtypes", "bf16,fp32", "--head_dims", "32"]
+    """The scan is float32 for both dtypes: the compiler's cache must not answer for the second."""
+    arguments = ["--kernels", "norm_scan", "--variants", "identity", "--targets", "sm_80"]
+    arguments += ["--dtypes", "fp16,fp32", "--head_dims", "32"]
     process, rows = report_of(tmp_path, "--jobs", "1", *arguments)
     assert process.returncode == 0, process.stdout
     assert [row["registers"] > 0 for row in rows] == [True, True]
