@@ -768,7 +768,8 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         if cache is None:
             return
         is_assisted = GenerationMode.ASSISTED_GENERATION in (*args, *kwargs.values())
-        must_record = (generation_config.is_assistant or is_assisted) and not hasattr(Cache, "activate_past_recording")
+        # before 5.14 nobody asks a cache to record, and 5.14 not that of the assistant
+        must_record = generation_config.is_assistant or (is_assisted and not hasattr(Cache, "activate_past_recording"))
         if was_given:
             adopt_cache(cache, self.config)
         else:  # a TransNormerCache, so that what `generate` returns can be saved
