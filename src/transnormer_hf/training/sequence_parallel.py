@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 from ..model.modeling_transnormer import (
     TransNormerAttention,
     TransNormerDiagAttention,
-    TransNormerFullAttention,
     TransNormerForCausalLM,
     TransNormerForMaskedLM,
     TransNormerForTokenClassification,
+    TransNormerFullAttention,
     TransNormerModel,
     TransNormerNormAttention,
     TransNormerPreTrainedModel,
