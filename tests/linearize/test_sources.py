@@ -163,3 +163,14 @@ def test_texts_of_one_block_come_out_as_from_the_source(name, task):
     assert type(target).__name__ == "TransNormer" + task.replace("LMHeadModel", "ForCausalLM")
     assert set(target.config.layer_types) == {"chunked_attention"}
     compare(source, target, make_batch(task))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_half_of_the_layers_are_linear_unless_told_otherwise(name):
+    task = SOURCES[name][2][0]
+    source = make_source(name, task)
+    target = transfer(source)
+    num_layers = source.config.num_hidden_layers
+    expected = ["chunked_attention"] * (num_layers // 2) + ["linear_attention"] * (num_layers - num_layers // 2)
+    assert target.config.layer_types == expected
+    assert target(**make_batch(task))[0].isfinite().all()
