@@ -38,8 +38,8 @@ WRONG = [
     ({"attention_chunk_size": -64}, ["block_size=-64", "at least 1"]),
     ({"layer_types": ["linear_attention"] * 3}, ["layer_types has 3 entries", "num_hidden_layers=12", "one per layer"]),
     (
-        {"layer_types": ["linear_attention"] * 11 + ["full_attention"]},
-        [r"layer_types\[11\]='full_attention'", "hybrid"],
+        {"layer_types": ["linear_attention"] * 11 + ["sliding_attention"]},
+        [r"layer_types\[11\]='sliding_attention'", "hybrid"],
     ),
     ({"layer_types": "linear_attention"}, ["'layer_types'", "expected a list", "linear_attention"]),
     ({"variant": "t3"}, ["variant='t3'", "'t1', 't2'"]),

@@ -17,13 +17,14 @@ from transnormer_hf.model.modeling_transnormer import (
 )
 
 VOCABULARY, BLOCK = 50, 4
-DIAG, NORM, HYBRID = "chunked_attention", "linear_attention", "hybrid"
+DIAG, NORM, HYBRID, FULL = "chunked_attention", "linear_attention", "hybrid", "full_attention"
 ORDERS = {
     "paper": [DIAG, NORM],
     "reversed": [NORM, DIAG],
     "all Diag": [DIAG, DIAG],
     "all Norm": [NORM, NORM],
     "hybrid": [HYBRID, NORM],
+    "full": [NORM, FULL, DIAG],
 }
 FORMS = {  # placement of the norms and absolute positions, as they occur together
     "post-norm, learned": {"norm_placement": "post", "position_embedding": "learned"},

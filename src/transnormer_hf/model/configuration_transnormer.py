@@ -29,7 +29,7 @@ VARIANTS = {
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 # What each field may be. `layer_types` takes names that transformers knows: "chunked_attention" is DiagAttention,
-# "linear_attention" NormAttention, "hybrid" both in one layer (Table 12).
+# "linear_attention" NormAttention, "hybrid" both in one layer (Table 12), "full_attention" ordinary softmax attention.
 CHOICES = {
     "variant": tuple(VARIANTS),
     "feature_map": ("identity", "elu", "1+elu"),
@@ -46,7 +46,7 @@ CHOICES = {
     "initializer": ("normal", "xavier"),
     "backend": ("auto", "eager", "torch", "triton"),
 }
-LAYER_TYPES = ("chunked_attention", "linear_attention", "hybrid")
+LAYER_TYPES = ("chunked_attention", "linear_attention", "hybrid", "full_attention")
 
 # Fields that follow from others where they are not given.
 DERIVED_FIELDS = (
@@ -86,8 +86,10 @@ class TransNormerConfig(PreTrainedConfig):
         intermediate_size: Width of the feed-forward. `None` is int(8/3 · hidden_size) for "glu", 4 · hidden_size for
             "ffn".
         variant: "t1" (relu blocks, phi = elu) or "t2" (softmax blocks, phi = 1 + elu).
-        layer_types: One of "chunked_attention" (DiagAttention), "linear_attention" (NormAttention) or "hybrid" (both)
-            per layer, in any order. `None` is the paper's: DiagAttention in the first half, NormAttention in the rest.
+        layer_types: One of "chunked_attention" (DiagAttention), "linear_attention" (NormAttention), "hybrid" (both) or
+            "full_attention" (ordinary softmax attention over the whole sequence, for converted models: its cost is
+            quadratic and its state grows) per layer, in any order. `None` is the paper's: DiagAttention in the first
+            half, NormAttention in the rest.
         block_size: Tokens per block of DiagAttention.
         feature_map: phi of NormAttention: "elu", "1+elu" or "identity". `None` follows `variant`.
         diag_activation: "relu" or "softmax". `None` follows `variant`. Relu scores are not normalised, so the output

@@ -33,7 +33,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive
+from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive, static_length
 from .configuration_transnormer import CACHE_NAME, TransNormerConfig
 from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm, with_segments
 from .reference_transnormer import (
@@ -48,6 +48,7 @@ from .reference_transnormer import (
     positioned_metadata,
     prepare_query_key,
     rotation_table,
+    visible_keys,
     zero_padding,
 )
 
@@ -264,8 +265,8 @@ class TransNormerNormAttention(TransNormerAttention):
 class TransNormerDiagAttention(TransNormerAttention):
     """DiagAttention: softmax(Q K^T / sqrt(head_dim)) V inside each block, or with relu, whose output is normalised."""
 
-    def __init__(self, config: TransNormerConfig):
-        super().__init__(config, has_norm=config.diag_activation == "relu")
+    def __init__(self, config: TransNormerConfig, has_norm: bool | None = None):
+        super().__init__(config, has_norm=config.diag_activation == "relu" if has_norm is None else has_norm)
         self.options: dict[str, Any] = {
             "block_size": config.block_size,
             "causal": config.is_causal,
@@ -282,11 +283,8 @@ class TransNormerDiagAttention(TransNormerAttention):
             )
 
         # A state holds rotated keys, so that a later query meets them as they are.
-        wide = compute_dtype(value.dtype)
-        query, key, value = query.to(wide), key.to(wide), value.to(wide)
-        if lrpe is not None:
-            within_block = metadata.positions % self.config.block_size
-            query, key = apply_lrpe(query, within_block, lrpe), apply_lrpe(key, within_block, lrpe)
+        query, key = self.rotate(query, key, metadata, lrpe)
+        value = value.to(key.dtype)
         if state.tokens.is_prefill:
             output = diag_attention(query, key, value, **options, metadata=metadata, backend=self.config.backend)
         else:  # the blocks of the new tokens begin with what the state holds
@@ -303,11 +301,15 @@ class TransNormerDiagAttention(TransNormerAttention):
         state.append(key, value)
         return output
 
-    def step(self, query, key, value, metadata, lrpe, state):
-        query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, 1, head_dim)
+    def rotate(self, query, key, metadata, lrpe):
+        """Query and key as they enter the products, and the state: LRPE within the block, in the accumulating dtype."""
+        query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, seq, head_dim)
         if lrpe is not None:
-            query_key = apply_lrpe(query_key, metadata.positions % self.config.block_size, lrpe)
-        query, key = query_key.chunk(2, 1)
+            query_key = apply_lrpe(query_key, metadata.positions % self.options["block_size"], lrpe)
+        return query_key.chunk(2, 1)
+
+    def step(self, query, key, value, metadata, lrpe, state):
+        query, key = self.rotate(query, key, metadata, lrpe)
         state.append(key, value)
         return state.state.attend(query, state.tokens, self.options["activation"], self.options["scale"])
 
@@ -316,23 +318,58 @@ class TransNormerDiagAttention(TransNormerAttention):
         return nn.functional.dropout(weights, self.dropout_p, self.training)
 
     def map_with_past(self, query, key, metadata, lrpe, state):
-        wide, block_size, tokens = compute_dtype(query.dtype), self.config.block_size, state.tokens
-        query, key = query.to(wide), key.to(wide)
-        if lrpe is not None:
-            within_block = metadata.positions % block_size
-            query, key = apply_lrpe(query, within_block, lrpe), apply_lrpe(key, within_block, lrpe)
-        if not tokens.is_step:
-            past_key, _ = state.past_block()
-            query = nn.functional.pad(query, (0, 0, block_size, 0))
-            options = self.options | {"metadata": tokens.with_past, "lrpe": None}
-            weights = diag_attention_map(query, torch.cat((past_key, key), 2), **options)
-            return state.attention_map(weights[:, :, block_size:])
-        slots = tokens.slots[:, None, :, None].expand_as(key)
-        scores = (query * self.options["scale"]) @ state.past["keys"].scatter(2, slots, key).mT
-        if self.options["activation"] == "relu":
-            return state.attention_map(scores.relu() * tokens.visible)
-        lowest = torch.finfo(wide).min
-        return state.attention_map(scores.masked_fill(~tokens.visible, lowest).softmax(-1) * tokens.visible)
+        query, key = self.rotate(query, key, metadata, lrpe)
+        tokens, block_size = state.tokens, self.config.block_size
+        if tokens.is_step:
+            slots = tokens.slots[:, None, :, None].expand_as(key)
+            scores = (query * self.options["scale"]) @ state.past["keys"].scatter(2, slots, key).mT
+            if self.options["activation"] == "relu":
+                weights = scores.relu()
+            else:
+                weights = scores.masked_fill(~tokens.visible, torch.finfo(scores.dtype).min).softmax(-1)
+            return state.attention_map(weights * tokens.visible, tokens.columns)
+        past_key, _ = state.past_block()
+        query = nn.functional.pad(query, (0, 0, block_size, 0))
+        options = self.options | {"metadata": tokens.with_past, "lrpe": None}
+        weights = diag_attention_map(query, torch.cat((past_key, key), 2), **options)
+        return state.attention_map(weights[:, :, block_size:], tokens.columns)
+
+
+class TransNormerFullAttention(TransNormerDiagAttention):
+    """Ordinary attention, softmax(Q K^T / sqrt(head_dim)) V over the whole sequence: one block without an end.
+
+    No part of the paper's models: for the layers of a converted model that stay as they were. Its state grows.
+    """
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__(config, has_norm=False)
+        self.options |= {"activation": "softmax", "block_size": 2**31}
+
+    def attend(self, query, key, value, metadata, lrpe, state):
+        query, key = (states.to(value.dtype) for states in self.rotate(query, key, metadata, lrpe))
+        if state is None:
+            visible = visible_keys(metadata, self.options["causal"])
+        else:
+            state.append(key, value)
+            key, value = state.with_new("keys", key), state.with_new("values", value)
+            visible = state.tokens.visible_keys
+        return nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=visible,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            is_causal=self.options["causal"] and visible is None,
+            scale=self.options["scale"],
+        )
+
+    step = attend
+
+    def map_with_past(self, query, key, metadata, lrpe, state):
+        query, key = self.rotate(query, key, metadata, lrpe)
+        scores = (query * self.options["scale"]) @ state.with_new("keys", key).mT  # (batch, heads, seq, keys)
+        weights = scores.masked_fill(~state.tokens.visible_keys, torch.finfo(scores.dtype).min).softmax(-1)
+        return state.attention_map(weights, state.tokens.key_columns)
 
 
 class TransNormerHybridAttention(nn.Module):
@@ -366,6 +403,7 @@ ATTENTION_CLASSES: dict[str, Callable[[TransNormerConfig], nn.Module]] = {
     "chunked_attention": TransNormerDiagAttention,
     "linear_attention": TransNormerNormAttention,
     "hybrid": TransNormerHybridAttention,
+    "full_attention": TransNormerFullAttention,
 }
 
 
@@ -774,7 +812,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             adopt_cache(cache, self.config)
         else:  # a TransNormerCache, so that what `generate` returns can be saved
             must_record = must_record or any(getattr(layer, "record_past", False) for layer in cache.layers)
-            cache = TransNormerCache(self.config, is_compileable=isinstance(cache, StaticCache))
+            cache = TransNormerCache(self.config, isinstance(cache, StaticCache), static_length(cache))
             model_kwargs[CACHE_NAME] = cache
         if is_assisted and generation_config.output_attentions and set(self.config.layer_types) == {"linear_attention"}:
             raise ValueError(
