@@ -226,16 +226,9 @@ class TransNormerNormAttention(TransNormerAttention):
         if value.dtype == torch.float16:  # sums over a long context leave its range before the norm brings them back
             query, key, value = query.float(), key.float(), value.float()
         past = None if state is None or state.tokens.is_prefill else state.past["state"]
+        options = self.options | {"lrpe": lrpe, "metadata": metadata, "backend": self.config.backend}
         output, new_state = norm_attention(
-            query,
-            key,
-            value,
-            **self.options,
-            lrpe=lrpe,
-            initial_state=past,
-            return_state=state is not None,
-            backend=self.config.backend,
-            metadata=metadata,
+            query, key, value, **options, initial_state=past, return_state=state is not None
         )
         if state is not None:
             if state.tokens.is_recorded:  # the state may have to be built anew from these
@@ -267,37 +260,28 @@ class TransNormerDiagAttention(TransNormerAttention):
 
     def __init__(self, config: TransNormerConfig, has_norm: bool | None = None):
         super().__init__(config, has_norm=config.diag_activation == "relu" if has_norm is None else has_norm)
-        self.options: dict[str, Any] = {
-            "block_size": config.block_size,
-            "causal": config.is_causal,
-            "activation": config.diag_activation,
-            "scale": config.head_dim**-0.5,
-        }
+        self.options: dict[str, Any] = {"causal": config.is_causal, "scale": config.head_dim**-0.5}
+        self.options |= {"block_size": config.block_size, "activation": config.diag_activation}
         self.dropout_p = config.attention_probs_dropout_prob
 
     def attend(self, query, key, value, metadata, lrpe, state):
-        options = self.options | {"dropout_p": self.dropout_p if self.training else 0.0}
+        dropout_p = self.dropout_p if self.training else 0.0
+        options = self.options | {"dropout_p": dropout_p, "backend": self.config.backend}
         if state is None:
-            return diag_attention(
-                query, key, value, **options, lrpe=lrpe, metadata=metadata, backend=self.config.backend
-            )
+            return diag_attention(query, key, value, **options, lrpe=lrpe, metadata=metadata)
 
         # A state holds rotated keys, so that a later query meets them as they are.
         query, key = self.rotate(query, key, metadata, lrpe)
         value = value.to(key.dtype)
         if state.tokens.is_prefill:
-            output = diag_attention(query, key, value, **options, metadata=metadata, backend=self.config.backend)
+            output = diag_attention(query, key, value, **options, metadata=metadata)
         else:  # the blocks of the new tokens begin with what the state holds
             block_size = self.config.block_size
             past_key, past_value = state.past_block()
-            output = diag_attention(
-                nn.functional.pad(query, (0, 0, block_size, 0)),
-                torch.cat((past_key, key), 2),
-                torch.cat((past_value, value), 2),
-                **options,
-                metadata=state.tokens.with_past,
-                backend=self.config.backend,
-            )[:, :, block_size:]
+            padded_query = nn.functional.pad(query, (0, 0, block_size, 0))
+            keys, values = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
+            output = diag_attention(padded_query, keys, values, **options, metadata=state.tokens.with_past)
+            output = output[:, :, block_size:]
         state.append(key, value)
         return output
 
@@ -353,15 +337,9 @@ class TransNormerFullAttention(TransNormerDiagAttention):
             state.append(key, value)
             key, value = state.with_new("keys", key), state.with_new("values", value)
             visible = state.tokens.visible_keys
-        return nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=visible,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            is_causal=self.options["causal"] and visible is None,
-            scale=self.options["scale"],
-        )
+        options = {"is_causal": self.options["causal"] and visible is None, "scale": self.options["scale"]}
+        dropout_p = self.dropout_p if self.training else 0.0
+        return nn.functional.scaled_dot_product_attention(query, key, value, visible, dropout_p, **options)
 
     step = attend
 
@@ -553,6 +531,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
         self.is_causal = config.is_causal  # of the layers; what forward is given as is_causal must agree
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_index(config))
         self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
+        self.embed_token_types = None
+        if config.type_vocab_size:
+            self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.embed_positions = TransNormerPositions(config)
         self.embed_norm = make_norm(config.embedding_norm, config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -573,6 +554,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -603,7 +585,12 @@ class TransNormerModel(TransNormerPreTrainedModel):
             max_length = 0  # cu_seq_lens_q is there to spare the host a look
         elif is_packed or position_ids is not None or not isinstance(cache_lengths(cache), int):
             max_length = None
-        hidden_states = self.embed_positions(inputs_embeds * self.embed_scale, positions, max_length)
+        hidden_states = inputs_embeds * self.embed_scale
+        if self.embed_token_types is not None:
+            is_told = token_type_ids is not None
+            token_types = token_type_ids if is_told else positions.new_zeros(inputs_embeds.shape[:2])
+            hidden_states = hidden_states + self.embed_token_types(token_types)
+        hidden_states = self.embed_positions(hidden_states, positions, max_length)
         hidden_states = self.dropout(self.embed_norm(hidden_states))
 
         if cache is None and use_cache and self.is_causal and not self.training and not is_packed:
@@ -643,6 +630,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
                     f"tokens before them was given as {CACHE_NAME}. {_HOST_HAS_CHANGED}"
                 )
             attention_mask = attention_mask[:, -seq_len:]
+            has_both = (position_ids is not None and seq_len > 1) or cu_seqlens is not None
+            if has_both and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+                attention_mask = None  # without zeros it says nothing, and packing is found
         if position_ids is not None:
             position_ids = position_ids.expand(batch_size, seq_len)
             if attention_mask is None and cu_seqlens is None and not (has_past and seq_len == 1):
@@ -759,14 +749,9 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         cache (`Cache`, *optional*):
             The name of `past_key_values` since transformers 5.24; either may be given on any release.
         """
+        cache = given_cache(past_key_values, cache)
         outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            cache=given_cache(past_key_values, cache),
-            **kwargs,
+            input_ids, attention_mask, position_ids, cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (batch, kept, vocab_size)
@@ -779,13 +764,8 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
                 " wrong: transformers shifts the labels only for the causal models that it knows by name. Use"
                 " transnormer_hf.training.fine_tuning.CardTrainer, or a compute_loss_func."
             )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE_NAME: outputs.get(CACHE_NAME)},
-        )
+        kept_outputs = {name: outputs.get(name) for name in (CACHE_NAME, "hidden_states", "attentions")}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **kept_outputs)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -895,6 +875,7 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -902,9 +883,10 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
     ) -> MaskedLMOutput:
         outputs = self.model(
             input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+            attention_mask,
+            position_ids,
             inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)  # (batch, seq, vocab_size)
@@ -917,16 +899,17 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
 
 
 class TransNormerClassificationHead(nn.Module):
-    """dropout, dense, tanh, dropout, projection on a vector per sequence, as in RoBERTa."""
+    """dropout, dense, activation, dropout, projection on a vector per sequence, as in RoBERTa (tanh)."""
 
     def __init__(self, config: TransNormerConfig, num_outputs: int):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.classifier_activation]
         self.dropout = make_classifier_dropout(config)
         self.out_proj = nn.Linear(config.hidden_size, num_outputs)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        pooled = torch.tanh(self.dense(self.dropout(pooled)))
+        pooled = self.activation(self.dense(self.dropout(pooled)))
         return self.out_proj(self.dropout(pooled))
 
 
@@ -971,19 +954,16 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
-        )
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids,
+            **kwargs | {"use_cache": False},
+        )  # fmt: skip
         pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)  # (batch, hidden_size)
         logits = self.classifier(pooled)  # (batch, num_labels)
         loss = None
@@ -1014,19 +994,16 @@ class TransNormerForTokenClassification(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
-        )
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids,
+            **kwargs | {"use_cache": False},
+        )  # fmt: skip
         logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (batch, seq, num_labels)
         loss = None
         if labels is not None:
@@ -1050,6 +1027,7 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
@@ -1057,13 +1035,9 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
-        )
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids,
+            **kwargs | {"use_cache": False},
+        )  # fmt: skip
         logits = self.qa_outputs(outputs.last_hidden_state)  # (batch, seq, 2)
         start_logits, end_logits = (half.contiguous() for half in logits.unbind(-1))  # (batch, seq)
         loss = None
@@ -1073,13 +1047,8 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
                 # the same weight, however many of a micro-batch have their answer outside of the text.
                 kwargs.setdefault("num_items_in_batch", start_positions.numel())
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        kept_outputs = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **kept_outputs)
 
 
 @auto_docstring
@@ -1096,6 +1065,7 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -1103,18 +1073,14 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
     ) -> MultipleChoiceModelOutput:
         # (batch, choices, seq) is run as (batch * choices, seq)
         num_choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        flat_ids, flat_mask, flat_positions, flat_embeds = (
+        flat_ids, flat_mask, flat_types, flat_positions, flat_embeds = (
             None if tensor is None else tensor.flatten(0, 1)
-            for tensor in (input_ids, attention_mask, position_ids, inputs_embeds)
+            for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
         outputs = self.model(
-            flat_ids,
-            attention_mask=flat_mask,
-            position_ids=flat_positions,
-            inputs_embeds=flat_embeds,
-            use_cache=False,
-            **kwargs,
-        )
+            flat_ids, flat_mask, flat_positions, inputs_embeds=flat_embeds, token_type_ids=flat_types,
+            **kwargs | {"use_cache": False},
+        )  # fmt: skip
         pooled = pool(outputs.last_hidden_state, flat_mask, self.config.pooling)
         logits = self.classifier(pooled).view(-1, num_choices)  # (batch, choices)
         loss = None
