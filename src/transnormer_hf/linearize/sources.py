@@ -537,11 +537,6 @@ def map_parameters(
                 problems.append(f"left over: {source_name} {tuple(tensor.shape)}")
     if table is not None:
         mapped["model.embed_positions.embedding.weight"] = table
-    if not hasattr(TransNormerConfig, "type_vocab_size"):  # until the model has token types: type 0 for all
-        types = "embeddings.token_type_embeddings.weight"
-        problems = [problem for problem in problems if types not in problem]
-        if types in dict(source.base_model.named_parameters()):
-            table += source.base_model.get_parameter(types).detach().float()[0]
 
     for source_name, names, gain in gains:
         takers = [name for name in names if name in mapped]
