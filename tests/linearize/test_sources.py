@@ -169,6 +169,14 @@ def test_full_attention_computes_what_the_source_does_for_any_text(name, task):
     compare(source, target, make_batch(source))
 
 
+@pytest.mark.parametrize("name", ["bert", "xlm-roberta", "distilbert", "electra"])
+def test_a_head_of_its_own_stays_one(name):
+    source = make_source(name, "ForMaskedLM", tie_word_embeddings=False)
+    target = transfer(source, num_linear_layers=0)
+    assert not target.config.tie_word_embeddings
+    compare(source, target, make_batch(source))
+
+
 @pytest.mark.parametrize("name", ["bert", "xlm-roberta", "electra"])
 def test_token_types_come_along(name):
     source = make_source(name, "Model", type_vocab_size=3)
