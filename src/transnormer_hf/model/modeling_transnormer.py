@@ -134,7 +134,8 @@ class TransNormerLRPE(nn.Module):
         if self.theta.itemsize < 4:
             logger.warning_once(
                 f"LRPE's theta is {self.theta.dtype} here: its rounding grows with the position, and long texts come "
-                "out wrong. Leave modules named 'lrpe' out of mixed precision (FSDP: fsdp_ignored_modules='.*lrpe')."
+                "out wrong. Keep the parameters float32 and let autocast compute in half precision (FSDP: a "
+                "MixedPrecisionPolicy with param_dtype=torch.float32, as this package's Trainer sets it)."
             )
         return LRPE(self.theta, self.householder)
 
