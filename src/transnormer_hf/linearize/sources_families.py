@@ -259,6 +259,8 @@ class Family:
     gains: tuple[tuple[str, tuple[str, ...]], ...] = ()
     # of the table of positions, the row of position 0 (pad_token_id + 1 in RoBERTa)
     skips_padding_rows: bool = False
+    # the field that the masked language model's head reads as well; elsewhere that head has gelu
+    head_activation: str | None = None
 
 
 BIDIRECTIONAL = ("is_decoder", False, "only bidirectional encoders can be; load the source with is_decoder=False")
@@ -272,11 +274,11 @@ NO_WINDOW = (
 SCALED = "attention scores are divided by sqrt(head_dim), and by nothing else; use a source that does the same"
 
 FAMILIES = {
-    "bert": Family("Bert", BERT, encoder_fields, (BIDIRECTIONAL, ABSOLUTE)),
+    "bert": Family("Bert", BERT, encoder_fields, (BIDIRECTIONAL, ABSOLUTE), head_activation="hidden_act"),
     "roberta": Family("Roberta", BERT, encoder_fields, (BIDIRECTIONAL, ABSOLUTE), skips_padding_rows=True),
     "xlm-roberta": Family("XLMRoberta", BERT, encoder_fields, (BIDIRECTIONAL, ABSOLUTE), skips_padding_rows=True),
     "camembert": Family("Camembert", BERT, encoder_fields, (BIDIRECTIONAL, ABSOLUTE), skips_padding_rows=True),
-    "distilbert": Family("DistilBert", DISTILBERT, distilbert_fields, ()),
+    "distilbert": Family("DistilBert", DISTILBERT, distilbert_fields, (), head_activation="activation"),
     "electra": Family("Electra", BERT, encoder_fields, (BIDIRECTIONAL, ABSOLUTE)),
     "gpt2": Family(
         "GPT2",
