@@ -57,6 +57,8 @@ WRONG = [
         ["hidden_size=7", "'sinusoidal'", "even"],
     ),
     ({"feed_forward": "moe"}, ["feed_forward='moe'", "'glu', 'ffn'"]),
+    ({"type_vocab_size": -1}, ["type_vocab_size=-1", "0 \\(no token types\\) or more"]),
+    ({"classifier_activation": "softplus"}, ["classifier_activation='softplus'", "'tanh'"]),
     ({"hidden_act": "swiglu"}, ["hidden_act='swiglu'", "'linear'", "'silu'"]),
     ({"hybrid_combination": "sum"}, ["hybrid_combination='sum'", "'parallel'", "'diag_then_norm'"]),
     ({"pooling": "cls"}, ["pooling='cls'", "'first', 'mean', 'last'"]),

@@ -47,6 +47,7 @@ ATTENTION_NAMES = {
     "chunked_attention": "DiagAttention",
     "linear_attention": "NormAttention",
     "hybrid": "both attentions",
+    "full_attention": "softmax attention",
 }
 BASELINE = "transnormer_hf_baseline"  # model type of `research.baselines`, which this file has no need to import
 PACKAGES = ("transnormer-hf", "transformers", "torch", "datasets", "tokenizers", "accelerate", "peft")
@@ -508,6 +509,7 @@ def _architecture_table(config: Any) -> str:
         "DiagAttention": config.layer_types.count("chunked_attention"),
         "NormAttention": config.layer_types.count("linear_attention"),
         "both": config.layer_types.count("hybrid"),
+        "full attention": config.layer_types.count("full_attention"),
     }
     layers = ", ".join(f"{count} with {kind}" for kind, count in counts.items() if count)
     rows = {

@@ -278,6 +278,8 @@ class AttentionState:
     allocate: Callable[..., None]
     write: Callable[..., None]
 
+    capacity = 0  # of a static cache with full attention
+
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.is_saved = False
@@ -441,7 +443,10 @@ class StateUpdate:
         return keys.gather(2, slots), values.gather(2, slots)
 
     def with_new(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        """ "keys" or "values" of full attention, past and new, the new ones with gradients: (batch, heads, keys, head_dim)."""
+        """The "keys" or "values" of full attention, past and new: (batch, heads, keys, head_dim).
+
+        new: (batch, heads, seq, head_dim), to which gradients go back.
+        """
         if self.tokens.is_prefill:
             return new
         if self.is_done and not self.tokens.has_grad:

@@ -553,6 +553,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
         self.is_causal = config.is_causal  # of the layers; what forward is given as is_causal must agree
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_index(config))
         self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
+        self.embed_token_types = None
+        if config.type_vocab_size:
+            self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.embed_positions = TransNormerPositions(config)
         self.embed_norm = make_norm(config.embedding_norm, config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -573,6 +576,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -603,7 +607,12 @@ class TransNormerModel(TransNormerPreTrainedModel):
             max_length = 0  # cu_seq_lens_q is there to spare the host a look
         elif is_packed or position_ids is not None or not isinstance(cache_lengths(cache), int):
             max_length = None
-        hidden_states = self.embed_positions(inputs_embeds * self.embed_scale, positions, max_length)
+        hidden_states = inputs_embeds * self.embed_scale
+        if self.embed_token_types is not None:
+            is_told = token_type_ids is not None
+            token_types = token_type_ids if is_told else positions.new_zeros(inputs_embeds.shape[:2])
+            hidden_states = hidden_states + self.embed_token_types(token_types)
+        hidden_states = self.embed_positions(hidden_states, positions, max_length)
         hidden_states = self.dropout(self.embed_norm(hidden_states))
 
         if cache is None and use_cache and self.is_causal and not self.training and not is_packed:
@@ -643,6 +652,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
                     f"tokens before them was given as {CACHE_NAME}. {_HOST_HAS_CHANGED}"
                 )
             attention_mask = attention_mask[:, -seq_len:]
+            has_both = (position_ids is not None and seq_len > 1) or cu_seqlens is not None
+            if has_both and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+                attention_mask = None  # without zeros it says nothing, and packing is found
         if position_ids is not None:
             position_ids = position_ids.expand(batch_size, seq_len)
             if attention_mask is None and cu_seqlens is None and not (has_past and seq_len == 1):
@@ -895,6 +907,7 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -903,6 +916,7 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             **kwargs,
@@ -917,16 +931,17 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
 
 
 class TransNormerClassificationHead(nn.Module):
-    """dropout, dense, tanh, dropout, projection on a vector per sequence, as in RoBERTa."""
+    """dropout, dense, activation, dropout, projection on a vector per sequence, as in RoBERTa (tanh)."""
 
     def __init__(self, config: TransNormerConfig, num_outputs: int):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.classifier_activation]
         self.dropout = make_classifier_dropout(config)
         self.out_proj = nn.Linear(config.hidden_size, num_outputs)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        pooled = torch.tanh(self.dense(self.dropout(pooled)))
+        pooled = self.activation(self.dense(self.dropout(pooled)))
         return self.out_proj(self.dropout(pooled))
 
 
@@ -971,6 +986,7 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
@@ -979,10 +995,10 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)  # (batch, hidden_size)
         logits = self.classifier(pooled)  # (batch, num_labels)
@@ -1014,6 +1030,7 @@ class TransNormerForTokenClassification(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -1022,10 +1039,10 @@ class TransNormerForTokenClassification(TransNormerPreTrainedModel):
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (batch, seq, num_labels)
         loss = None
@@ -1050,6 +1067,7 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
@@ -1059,10 +1077,10 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         logits = self.qa_outputs(outputs.last_hidden_state)  # (batch, seq, 2)
         start_logits, end_logits = (half.contiguous() for half in logits.unbind(-1))  # (batch, seq)
@@ -1096,6 +1114,7 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -1103,17 +1122,17 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
     ) -> MultipleChoiceModelOutput:
         # (batch, choices, seq) is run as (batch * choices, seq)
         num_choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        flat_ids, flat_mask, flat_positions, flat_embeds = (
+        flat_ids, flat_mask, flat_types, flat_positions, flat_embeds = (
             None if tensor is None else tensor.flatten(0, 1)
-            for tensor in (input_ids, attention_mask, position_ids, inputs_embeds)
+            for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
         outputs = self.model(
             flat_ids,
             attention_mask=flat_mask,
+            token_type_ids=flat_types,
             position_ids=flat_positions,
             inputs_embeds=flat_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         pooled = pool(outputs.last_hidden_state, flat_mask, self.config.pooling)
         logits = self.classifier(pooled).view(-1, num_choices)  # (batch, choices)
