@@ -30,7 +30,7 @@ pytestmark = pytest.mark.contract
 
 DIAG, NORM, BOTH = "chunked_attention", "linear_attention", "hybrid"
 LAYERS = {"diag, norm": [DIAG, NORM], "norm, diag": [NORM, DIAG], "diag": [DIAG, DIAG], "norm": [NORM, NORM]}
-LAYERS["hybrid"] = [BOTH, BOTH]
+LAYERS |= {"hybrid": [BOTH, BOTH], "norm, full": [NORM, "full_attention"]}
 VOCABULARY, PROMPT, NEW = 61, 13, 12
 
 

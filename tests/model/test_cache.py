@@ -18,6 +18,9 @@ LAYER_MIXES = {
     "norm": ["linear_attention"] * 2,
     "diag, norm": ["chunked_attention", "linear_attention"],
     "norm, diag": ["linear_attention", "chunked_attention"],
+    "full": ["full_attention"] * 2,
+    "diag, full": ["chunked_attention", "full_attention"],
+    "full, norm": ["full_attention", "linear_attention"],
     "parallel": ["hybrid"] * 2,
     "diag_then_norm": ["hybrid"] * 2,
     "norm_then_diag": ["hybrid"] * 2,
@@ -333,11 +336,12 @@ def test_another_batch_size_than_that_of_the_state_is_refused():
         run(model, torch.randint(3, 50, (3, 6)), cache)
 
 
+@pytest.mark.parametrize("mix", ["parallel", "diag, full"])
 @pytest.mark.parametrize("is_compileable", [False, True])
-def test_reset_begins_anew_with_any_batch(is_compileable):
-    model = tiny_model("parallel")
+def test_reset_begins_anew_with_any_batch(is_compileable, mix):
+    model = tiny_model(mix)
     input_ids, attention_mask = padded_batch(9)
-    cache = TransNormerCache(model.config, is_compileable)
+    cache = TransNormerCache(model.config, is_compileable, max_length=12)
     for rows in (slice(0, 3), slice(1, 3), slice(0, 3), slice(0, 3)):
         expected = run(model, input_ids[rows], TransNormerCache(model.config), attention_mask[rows], [7, 2])
         torch.testing.assert_close(run(model, input_ids[rows], cache, attention_mask[rows], [7, 2]), expected)

@@ -40,9 +40,10 @@ def test_greedy_decoding_of_a_padded_batch(mix, variant):
         assert model.generate(alone)[0, alone.shape[1] :].equal(expected[row, PROMPT_LENGTH:])
 
 
+@pytest.mark.parametrize("mix", ["diag, norm", "full, norm"])
 @pytest.mark.parametrize("options", [{"cache_implementation": name} for name in ("dynamic", "static", "offloaded")])
-def test_every_cache_implementation(options):
-    model = make()
+def test_every_cache_implementation(options, mix):
+    model = make(mix)
     for batch_size, length, new_tokens in ((2, 7, 5), (2, 5, 3), (1, 13, 8), (3, 6, 4)):  # and one after the other
         input_ids = torch.randint(3, 50, (batch_size, length))
         output = model.generate(input_ids, max_new_tokens=new_tokens, return_dict_in_generate=True, **options)
@@ -64,8 +65,9 @@ def test_a_quantized_cache_is_refused():
         lambda config: StaticCache(config=config, max_cache_len=30),
     ],
 )
-def test_a_cache_that_is_handed_in(make_cache):
-    model, input_ids = make("parallel"), torch.randint(3, 50, (2, PROMPT_LENGTH))
+@pytest.mark.parametrize("mix", ["parallel", "diag, full"])
+def test_a_cache_that_is_handed_in(make_cache, mix):
+    model, input_ids = make(mix), torch.randint(3, 50, (2, PROMPT_LENGTH))
     cache = make_cache(model.config)
     assert model.generate(input_ids, **{CACHE_NAME: cache}).equal(expected_ids(model, input_ids))
     assert cache.get_seq_length() == PROMPT_LENGTH + 8

@@ -51,6 +51,32 @@ def make_model(model_class, **fields):
     return model_class(make_config(**fields)).eval()
 
 
+ENCODER_HEADS = [TransNormerModel, *(head for head in HEADS if head is not TransNormerForCausalLM)]
+
+
+@pytest.mark.parametrize("model_class", ENCODER_HEADS, ids=lambda head: head.__name__.removeprefix("TransNormer"))
+def test_token_types_add_a_learned_vector_to_the_embeddings(model_class):
+    model = make_model(model_class, type_vocab_size=2)
+    input_ids = make_ids(BATCH, 4, SEQ) if model_class is TransNormerForMultipleChoice else make_ids(BATCH, SEQ)
+    types = (torch.arange(SEQ) > 4).long().expand_as(input_ids)
+    backbone = getattr(model, "model", model)
+    token_vectors = backbone.embed_tokens(input_ids)
+    with torch.no_grad():
+        backbone.embed_token_types.weight[0].zero_()  # the type of those that are not told
+        expected = model(inputs_embeds=token_vectors + backbone.embed_token_types.weight[types])[0]
+        assert_close = torch.testing.assert_close
+        assert_close(model(input_ids, token_type_ids=types)[0], expected)
+        assert_close(model(input_ids)[0], model(input_ids, token_type_ids=torch.zeros_like(types))[0])
+        assert (model(input_ids)[0] - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "function"), [("tanh", torch.tanh), ("gelu", F.gelu), ("linear", lambda x: x)])
+def test_the_activation_of_the_classification_head(name, function):
+    head = make_model(TransNormerForSequenceClassification, classifier_activation=name).classifier
+    pooled = torch.randn(BATCH, 16)
+    torch.testing.assert_close(head(pooled), head.out_proj(function(head.dense(pooled))))
+
+
 def make_ids(*shape):
     return torch.randint(3, VOCABULARY, shape)
 
@@ -104,6 +130,11 @@ class TestEveryHead:
         rows = inputs["input_ids"].flatten(0, -2).shape[0]
         assert [tuple(states.shape) for states in outputs.hidden_states] == [(rows, SEQ, 16)] * 3
         assert [tuple(weights.shape) for weights in outputs.attentions] == [(rows, 2, SEQ, SEQ)] * 2
+
+    def test_takes_use_cache_and_token_types_from_whoever_passes_them(self, model_class):
+        model, inputs = make_model(model_class, num_labels=3), make_inputs(model_class)
+        expected, extra = model(**inputs), {"token_type_ids": torch.ones_like(inputs["input_ids"])}
+        torch.testing.assert_close(model(**inputs, **extra, use_cache=False).loss, expected.loss, rtol=0, atol=0)
 
     def test_gives_a_tuple_on_request(self, model_class):
         model, inputs = make_model(model_class, num_labels=3), make_inputs(model_class)

@@ -17,13 +17,14 @@ from transnormer_hf.model.modeling_transnormer import (
 )
 
 VOCABULARY, BLOCK = 50, 4
-DIAG, NORM, HYBRID = "chunked_attention", "linear_attention", "hybrid"
+DIAG, NORM, HYBRID, FULL = "chunked_attention", "linear_attention", "hybrid", "full_attention"
 ORDERS = {
     "paper": [DIAG, NORM],
     "reversed": [NORM, DIAG],
     "all Diag": [DIAG, DIAG],
     "all Norm": [NORM, NORM],
     "hybrid": [HYBRID, NORM],
+    "full": [NORM, FULL],
 }
 FORMS = {  # placement of the norms and absolute positions, as they occur together
     "post-norm, learned": {"norm_placement": "post", "position_embedding": "learned"},
@@ -109,6 +110,9 @@ class TestPadding:
         one_row = {"input_ids": torch.cat(sequences)[None], "position_ids": packed_positions(lengths)}
         yield "packed by position_ids", one_row, in_one_row
         yield "packed by cu_seq_lens_q", one_row | {"cu_seq_lens_q": ends.int()}, in_one_row
+        ones = {"attention_mask": torch.ones_like(one_row["input_ids"])}
+        yield "packed by position_ids, a mask of ones", one_row | ones, in_one_row
+        yield "packed by cu_seq_lens_q, a mask of ones", one_row | ones | {"cu_seq_lens_q": ends.int()}, in_one_row
         # two sequences to a row: the lengths are 1, 2, ..., 13 and 7
         by_length = sorted(range(len(sequences)), key=lambda index: lengths[index])
         pairs = [(by_length[i], by_length[-1 - i]) for i in range(len(sequences) // 2)]
@@ -132,7 +136,7 @@ class TestPadding:
     @variants
     @directions
     def test_changes_nothing_but_the_rounding(self, variant, is_causal):
-        model = make_model(variant=variant, layer_types=[DIAG, NORM, HYBRID], is_causal=is_causal).double()
+        model = make_model(variant=variant, layer_types=[DIAG, NORM, HYBRID, FULL], is_causal=is_causal).double()
         self.assert_company_changes_nothing(model, tolerance=1e-11)
 
     def assert_company_changes_nothing(self, model, tolerance):
@@ -677,7 +681,7 @@ WRONG_INPUTS = [
     ),
     (
         {},
-        {"input_ids": make_ids(1, 4), "attention_mask": torch.ones(1, 4), "cu_seq_lens_q": torch.tensor([0, 4])},
+        {"input_ids": make_ids(1, 4), "attention_mask": torch.eye(4)[:1], "cu_seq_lens_q": torch.tensor([0, 4])},
         "attention_mask and cu_seqlens were both given",
     ),
 ]

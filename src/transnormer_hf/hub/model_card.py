@@ -48,7 +48,7 @@ ATTENTION_NAMES = {
     "chunked_attention": "DiagAttention",
     "linear_attention": "NormAttention",
     "hybrid": "both attentions",
-    "full_attention": "softmax attention",
+    "full_attention": "full attention",
 }
 BASELINE = "transnormer_hf_baseline"  # model type of `research.baselines`, which this file has no need to import
 PACKAGES = ("transnormer-hf", "transformers", "torch", "datasets", "tokenizers", "accelerate", "peft")

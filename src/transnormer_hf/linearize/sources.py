@@ -259,7 +259,6 @@ def llama_fields(config: PreTrainedConfig, task: str) -> dict[str, Any]:
     return decoder_fields(config, task) | {
         "norm_type": "rms",
         "final_norm": "rms",
-        "attention_norm_type": "simple_rms",
         "rms_norm_eps": config.rms_norm_eps,
         "position_embedding": "none",
         "intermediate_size": config.intermediate_size,
@@ -444,6 +443,7 @@ def target_config(source: PreTrainedModel, family: Family, task: str) -> dict[st
     """The source's configuration as fields of TransNormerConfig, but for the layers and positions that are chosen."""
     config = source.config
     fields = {name: getattr(config, name) for name in SAME_FIELDS} | family.fields(config, task)
+    fields["attention_norm_type"] = "simple_rms"  # of the layers that softmax attention leaves
     embeddings, head = source.get_input_embeddings(), source.get_output_embeddings()
     if head is not None:  # a tied head cannot take the last norm's gain
         fields["tie_word_embeddings"] = head.weight is embeddings.weight and not family.gains

@@ -2,8 +2,9 @@
 
 NormAttention keeps S = K^T V, one (head_dim, head_dim) matrix per head. DiagAttention keeps the keys and values of the
 current block. Neither grows with the context, and both are float32 whatever the dtype of the model (float64 for a
-float64 model). Left-padded rows have taken in fewer tokens than others and stand elsewhere in their block, so progress
-is counted row by row.
+float64 model). Full attention, in converted models that have such a layer, keeps every key and value, as any softmax
+model does. Left-padded rows have taken in fewer tokens than others and stand elsewhere in their block, so progress is
+counted row by row.
 
 The states are the layers of an ordinary transformers `Cache`, which calls them to reorder, crop, repeat or reset. A
 `TransNormerCache` has them from the start; an empty `DynamicCache` or `StaticCache` gets them from `adopt_cache`.
@@ -55,7 +56,10 @@ class NewTokens(NamedTuple):
     with_past: metadata of these slots followed by the new tokens, block_size + seq columns padded on the left.
     columns: (batch, keys) column of the text where each key stands, for attention maps: of every slot at a step, of
         `with_past` else. seen: columns of the text so far.
-    All but `seen` are None in a model without DiagAttention, and `past_slots` and `with_past` at prefill.
+    key_slots, visible_keys, key_columns: for full attention, where new keys go (seq,), which of all keys each token
+        sees (batch, 1, seq, keys), None where it is the causal triangle, and the columns of these keys (batch, keys).
+    What belongs to an attention that the model does not have is None, and so are `past_slots` and `with_past` at
+    prefill.
     """
 
     metadata: AttentionMetadata
@@ -69,18 +73,24 @@ class NewTokens(NamedTuple):
     with_past: AttentionMetadata | None = None
     columns: torch.Tensor | None = None
     seen: torch.Tensor | None = None
+    key_slots: torch.Tensor | None = None
+    visible_keys: torch.Tensor | None = None
+    key_columns: torch.Tensor | None = None
 
 
 class Progress:
     """How far each row of the batch has come; one object, shared by all layers of a cache.
 
     seen: number of columns so far, padding included: a tensor, because a compiled step would specialise on a number.
-    rows: "lengths" (batch,), positions taken by each row; and by slot of the current block (batch, block_size + 1),
-        "is_filled", see `NewTokens.visible`, and "columns", where in the text the token stands.
+    rows: "lengths" (batch,), positions taken by each row; by slot of the current block (batch, block_size + 1),
+        "is_filled", see `NewTokens.visible`, and "columns", where in the text the token stands; and for the keys of
+        full attention (batch, keys), "key_positions" from 1 on, 0 where no real token stands, and "key_columns".
+    block_size: None in a model without DiagAttention. capacity: number of keys that full attention has room for, 0 if
+        it grows, None in a model without.
     """
 
-    def __init__(self, block_size: int | None) -> None:
-        self.block_size = block_size  # None in a model without DiagAttention
+    def __init__(self, block_size: int | None, capacity: int | None = None) -> None:
+        self.block_size, self.capacity = block_size, capacity
         self.has_begun = False
         self.seen = _zeros(dtype=torch.long, device=torch.device("cpu"))
         self.rows: dict[str, torch.Tensor] = {}
@@ -105,6 +115,9 @@ class Progress:
             if self.block_size is not None:
                 self.rows["is_filled"] = _zeros(batch_size, self.block_size + 1, dtype=torch.bool, device=device)
                 self.rows["columns"] = _zeros(batch_size, self.block_size + 1, dtype=torch.long, device=device)
+            if self.capacity is not None:
+                for name in ("key_positions", "key_columns"):
+                    self.rows[name] = _zeros(batch_size, self.capacity, dtype=torch.long, device=device)
 
     def advance(self, metadata: AttentionMetadata, is_recorded: bool, columns: torch.Tensor | None = None) -> NewTokens:
         """Moves every row past these tokens and says where they go. columns: (batch, seq), of the text."""
@@ -119,6 +132,8 @@ class Progress:
         tokens = NewTokens(metadata, not self.has_begun, is_step, is_recorded, has_grad, seen=self.seen)
         if self.block_size is not None:
             tokens = self._assign_slots(tokens, self.block_size, columns)
+        if self.capacity is not None:
+            tokens = self._show_keys(tokens, self.capacity, columns)
         self.rows["lengths"].copy_(self._length_after(metadata))
         self.seen.add_(positions.shape[1])
         self.has_begun = True
@@ -158,6 +173,25 @@ class Progress:
             tokens = tokens._replace(columns=self.rows["columns"])
         return tokens._replace(slots=slots, visible=visible[:, None, None, :])
 
+    def _show_keys(self, tokens: NewTokens, capacity: int, columns: torch.Tensor) -> NewTokens:
+        """Counts the new tokens among the keys of full attention: each sees the real ones up to its own position."""
+        positions, is_real = tokens.metadata.positions, tokens.metadata.is_real  # (batch, seq)
+        slots = self.seen + torch.arange(positions.shape[1], device=positions.device)  # (seq,)
+        key_positions = positions + 1 if is_real is None else (positions + 1).masked_fill(~is_real, 0)
+        new = {"key_positions": key_positions, "key_columns": columns}
+        for name, tensor in new.items():
+            if capacity:
+                self.rows[name].index_copy_(1, slots, tensor)
+            else:
+                self.rows[name] = torch.cat((self.rows[name], tensor), 1)
+        keys = new if tokens.is_prefill else self.rows
+        visible = None
+        if not tokens.is_prefill or is_real is not None:
+            of_keys = keys["key_positions"][:, None, None, :]  # (batch, 1, 1, keys)
+            visible = (of_keys > 0) & (of_keys <= positions[:, None, :, None] + 1)
+            visible = visible | ~visible.any(-1, keepdim=True)  # a padding token may see nothing: it sees all, not NaN
+        return tokens._replace(key_slots=slots, visible_keys=visible, key_columns=keys["key_columns"])
+
     def _length_after(self, metadata: AttentionMetadata) -> torch.Tensor:
         """(batch,) positions taken after these tokens. Padding takes none where positions were given."""
         if metadata.is_contiguous:
@@ -194,7 +228,7 @@ class Progress:
         _restore(self.rows, self.base)
         self.seen.sub_(recorded)
         self.history, self.base = [], {}
-        replays: list[tuple[slice, NewTokens]] = []
+        num_columns, replays = int(self.seen) + kept, []
         for part in (slice(settled), slice(settled, kept)):
             metadata = AttentionMetadata(positions[:, part], is_real[:, part], is_contiguous=is_contiguous)
             if not metadata.positions.shape[1]:
@@ -203,7 +237,7 @@ class Progress:
             if is_recorded:
                 self.base = _clone(self.rows)
             replays.append((part, self.advance(metadata, is_recorded, of_text[:, part])))
-        self.rollback = Rollback(replays)
+        self.rollback = Rollback(num_columns, replays)
 
     def reset(self) -> None:
         self.has_begun = False
@@ -211,6 +245,8 @@ class Progress:
         self.history, self.base = [], {}
         for tensor in self.rows.values():
             tensor.zero_()
+        if self.capacity == 0:
+            self.rows |= {name: self.rows[name][:, :0] for name in ("key_positions", "key_columns") if self.rows}
 
     def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Applies an indexing function to everything that has one row per sequence."""
@@ -225,8 +261,9 @@ class Progress:
 
 
 class Rollback(NamedTuple):
-    """What `crop` leaves of the recorded tokens: columns of the history, and the tokens to take in again."""
+    """What `crop` leaves: all columns, and of the recorded ones the slices of the history to take in again."""
 
+    num_columns: int
     replays: list[tuple[slice, NewTokens]]
 
 
@@ -240,6 +277,8 @@ class AttentionState:
 
     allocate: Callable[..., None]
     write: Callable[..., None]
+
+    capacity = 0  # of a static cache with full attention
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
@@ -257,7 +296,7 @@ class AttentionState:
         key, value = key.detach(), value.detach()
         if not self.tensors:
             batch_size, num_heads, _, head_dim = key.shape
-            self.allocate(batch_size, num_heads, head_dim, compute_dtype(key.dtype), key.device)
+            self.allocate(batch_size, num_heads, head_dim, key.dtype, key.device)
         self._detach_from_autograd(tokens.has_grad)
         if tokens.is_recorded:
             self.history.append((key, value))
@@ -297,7 +336,8 @@ class NormAttentionState(AttentionState):
     """state: (batch, heads, head_dim, head_dim), K^T V of all tokens so far."""
 
     def allocate(self, batch_size, num_heads, head_dim, dtype, device):
-        self.tensors["state"] = _zeros(batch_size, num_heads, head_dim, head_dim, dtype=dtype, device=device)
+        shape = (batch_size, num_heads, head_dim, head_dim)
+        self.tensors["state"] = _zeros(*shape, dtype=compute_dtype(dtype), device=device)
 
     def write(self, key, value, tokens):
         state = self.tensors["state"]
@@ -324,8 +364,8 @@ class DiagAttentionState(AttentionState):
 
     def allocate(self, batch_size, num_heads, head_dim, dtype, device):
         shape = (batch_size, num_heads, self.block_size + 1, head_dim)
-        self.tensors["keys"] = _zeros(*shape, dtype=dtype, device=device)
-        self.tensors["values"] = _zeros(*shape, dtype=dtype, device=device)
+        for name in ("keys", "values"):
+            self.tensors[name] = _zeros(*shape, dtype=compute_dtype(dtype), device=device)
 
     def write(self, key, value, tokens):
         tail = tokens.slots.shape[1]
@@ -340,6 +380,42 @@ class DiagAttentionState(AttentionState):
             return F.scaled_dot_product_attention(query, keys, values, attn_mask=tokens.visible, scale=scale)
         scores = (query * scale) @ keys.transpose(-1, -2)  # (batch, heads, 1, block_size + 1)
         return (scores.relu() * tokens.visible) @ values
+
+
+class FullAttentionState(AttentionState):
+    """keys, values: (batch, heads, keys, head_dim) of all tokens, rotated, in the dtype of the model: this state grows.
+
+    capacity: number of keys of a static cache, which is written in place and does not grow; 0 for any other.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def allocate(self, batch_size, num_heads, head_dim, dtype, device):
+        for name in ("keys", "values"):
+            self.tensors[name] = _zeros(batch_size, num_heads, self.capacity, head_dim, dtype=dtype, device=device)
+
+    def append(self, key, value, tokens, new_state=None):
+        """Nothing is recorded for `crop`, which only has to cut off the last keys."""
+        key, value = key.detach(), value.detach()
+        if not self.tensors:
+            self.allocate(key.shape[0], key.shape[1], key.shape[3], key.dtype, key.device)
+        self._detach_from_autograd(tokens.has_grad and self.capacity > 0)
+        for name, new in (("keys", key), ("values", value)):
+            if self.capacity:
+                self.tensors[name].index_copy_(2, tokens.key_slots, new.to(self.tensors[name].dtype))
+            else:
+                self.tensors = self.tensors | {name: torch.cat((self.tensors[name], new), 2)}
+
+    def roll_back(self, rollback):
+        if not self.capacity:
+            self.tensors = _map(lambda tensor: tensor[:, :, : rollback.num_columns], self.tensors)
+
+    def reset(self):
+        super().reset()
+        if not self.capacity:
+            self.tensors = {}
 
 
 class StateUpdate:
@@ -366,11 +442,24 @@ class StateUpdate:
         slots = self.tokens.past_slots[:, None, :, None].expand(*keys.shape[:2], -1, keys.shape[3])
         return keys.gather(2, slots), values.gather(2, slots)
 
-    def attention_map(self, weights: torch.Tensor) -> torch.Tensor:
-        """Weights (batch, heads, seq, keys) on what `tokens.columns` names, as a map (batch, heads, seq, seen)."""
+    def with_new(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        """The "keys" or "values" of full attention, past and new: (batch, heads, keys, head_dim).
+
+        new: (batch, heads, seq, head_dim), to which gradients go back.
+        """
+        if self.tokens.is_prefill:
+            return new
+        if self.is_done and not self.tokens.has_grad:
+            return self.state.tensors[name].to(new.dtype)
+        if self.state.capacity:
+            return self.past[name].to(new.dtype).index_copy(2, self.tokens.key_slots, new)
+        return torch.cat((self.past[name].to(new.dtype), new), 2)
+
+    def attention_map(self, weights: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Weights (batch, heads, seq, keys) on these columns of the text, as a map (batch, heads, seq, seen)."""
         batch_size, heads, seq_len, _ = weights.shape
         whole = weights.new_zeros(batch_size, heads, seq_len, int(self.tokens.seen))
-        return whole.scatter_add_(3, self.tokens.columns[:, None, None, :].expand_as(weights), weights)
+        return whole.scatter_add_(3, columns[:, None, None, :].expand_as(weights), weights)
 
 
 class TransNormerCacheLayer(CacheLayerMixin):
@@ -443,8 +532,8 @@ class TransNormerCacheLayer(CacheLayerMixin):
         return int(self.progress.seen)
 
     def get_max_length(self) -> int:
-        """-1: there is no maximum."""
-        return -1
+        """-1: there is no maximum, but for a static cache with full attention."""
+        return self.progress.capacity or -1
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.14
 
@@ -456,21 +545,30 @@ class TransNormerCacheLayer(CacheLayerMixin):
         batch_size, num_heads, _, head_dim = key_states.shape
         self.progress.allocate(batch_size, key_states.device)
         for state in self.states:
-            state.allocate(batch_size, num_heads, head_dim, compute_dtype(key_states.dtype), key_states.device)
+            state.allocate(batch_size, num_heads, head_dim, key_states.dtype, key_states.device)
         self.is_initialized = True
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("A TransNormer state takes tokens in by `receive`, not keys and values by `update`.")
 
 
-def make_layers(config: PreTrainedConfig, is_compileable: bool = False) -> list[TransNormerCacheLayer]:
-    """An empty state for each layer of a model."""
+def make_layers(
+    config: PreTrainedConfig, is_compileable: bool = False, max_length: int | None = None
+) -> list[TransNormerCacheLayer]:
+    """An empty state for each layer of a model; the arguments are those of `TransNormerCache`."""
+    kinds, capacity = set(config.layer_types), max_length or 0
+    if is_compileable and "full_attention" in kinds and max_length is None:
+        raise ValueError("is_compileable=True with a full_attention layer needs max_length, the room for its keys.")
     new_states: dict[str, Callable[[], tuple[AttentionState, ...]]] = {
         "linear_attention": lambda: (NormAttentionState(),),
         "chunked_attention": lambda: (DiagAttentionState(config.block_size),),
         "hybrid": lambda: (DiagAttentionState(config.block_size), NormAttentionState()),
+        "full_attention": lambda: (FullAttentionState(capacity),),
     }
-    progress = Progress(None if set(config.layer_types) == {"linear_attention"} else config.block_size)
+    progress = Progress(
+        config.block_size if kinds & {"chunked_attention", "hybrid"} else None,
+        capacity if "full_attention" in kinds else None,
+    )
     return [
         TransNormerCacheLayer(new_states[layer_type](), progress, index == 0, is_compileable)
         for index, layer_type in enumerate(config.layer_types)
@@ -494,12 +592,13 @@ class TransNormerCache(Cache):
     Args:
         config: Configuration of the model.
         is_compileable: Whether `generate` may compile the decoding step; `cache_implementation="static"` sets it.
+        max_length: Number of columns that a compiled step has room for, needed by full attention alone.
     """
 
     layers: list[TransNormerCacheLayer]
 
-    def __init__(self, config: PreTrainedConfig, is_compileable: bool = False):
-        super().__init__(layers=make_layers(config, is_compileable))
+    def __init__(self, config: PreTrainedConfig, is_compileable: bool = False, max_length: int | None = None):
+        super().__init__(layers=make_layers(config, is_compileable, max_length))
         self.fingerprint = {field: getattr(config, field) for field in FINGERPRINT_FIELDS}
 
     def activate_past_recording(self) -> None:
@@ -656,10 +755,17 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
             f"the cache is a {type(cache).__name__} that holds keys and values of another kind; begin with an empty "
             "TransNormerCache(model.config)."
         )
-    new_layers = make_layers(config, is_compileable=isinstance(cache, StaticCache))
+    new_layers = make_layers(config, isinstance(cache, StaticCache), static_length(cache))
     for old, new in zip(layers, new_layers, strict=True):
         new.record_past = getattr(old, "record_past", False)
     cache.layers[:] = new_layers
+
+
+def static_length(cache: Cache) -> int | None:
+    """Number of tokens that a `StaticCache` was made for, None for any other cache."""
+    if not isinstance(cache, StaticCache):
+        return None
+    return max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)
 
 
 def _has_tokens(layer: Any) -> bool:
@@ -685,9 +791,12 @@ def _clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _restore(tensors: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> None:
-    """In place; an empty `base` stands for zeros."""
+    """In place, apart from what has grown meanwhile; an empty `base` stands for zeros."""
     for name, tensor in tensors.items():
-        tensor.copy_(base[name]) if base else tensor.zero_()
+        if base and base[name].shape != tensor.shape:
+            tensors[name] = base[name].clone()
+        else:
+            tensor.copy_(base[name]) if base else tensor.zero_()
 
 
 def _state_file(path: str | os.PathLike) -> Path:

@@ -29,7 +29,7 @@ VARIANTS = {
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 # What each field may be. `layer_types` takes names that transformers knows: "chunked_attention" is DiagAttention,
-# "linear_attention" NormAttention, "hybrid" both in one layer (Table 12).
+# "linear_attention" NormAttention, "hybrid" both in one layer (Table 12), "full_attention" ordinary softmax attention.
 CHOICES = {
     "variant": tuple(VARIANTS),
     "feature_map": ("identity", "elu", "1+elu"),
@@ -46,7 +46,7 @@ CHOICES = {
     "initializer": ("normal", "xavier"),
     "backend": ("auto", "eager", "torch", "triton"),
 }
-LAYER_TYPES = ("chunked_attention", "linear_attention", "hybrid")
+LAYER_TYPES = ("chunked_attention", "linear_attention", "hybrid", "full_attention")
 
 # Fields that follow from others where they are not given.
 DERIVED_FIELDS = (
@@ -86,8 +86,10 @@ class TransNormerConfig(PreTrainedConfig):
         intermediate_size: Width of the feed-forward. `None` is int(8/3 · hidden_size) for "glu", 4 · hidden_size for
             "ffn".
         variant: "t1" (relu blocks, phi = elu) or "t2" (softmax blocks, phi = 1 + elu).
-        layer_types: One of "chunked_attention" (DiagAttention), "linear_attention" (NormAttention) or "hybrid" (both)
-            per layer, in any order. `None` is the paper's: DiagAttention in the first half, NormAttention in the rest.
+        layer_types: One of "chunked_attention" (DiagAttention), "linear_attention" (NormAttention), "hybrid" (both) or
+            "full_attention" (ordinary softmax attention over the whole sequence, for converted models: its cost is
+            quadratic and its state grows) per layer, in any order. `None` is the paper's: DiagAttention in the first
+            half, NormAttention in the rest.
         block_size: Tokens per block of DiagAttention.
         feature_map: phi of NormAttention: "elu", "1+elu" or "identity". `None` follows `variant`.
         diag_activation: "relu" or "softmax". `None` follows `variant`. Relu scores are not normalised, so the output
@@ -103,6 +105,7 @@ class TransNormerConfig(PreTrainedConfig):
         rms_norm_eps: Epsilon of "simple_rms" and "rms".
         position_embedding: "learned" (up to `max_position_embeddings`), "sinusoidal" (any length) or "none".
         max_position_embeddings: Number of learned positions.
+        type_vocab_size: Number of token types, as BERT has them for pairs of texts; 0: none.
         scale_embedding: Multiply token embeddings by sqrt(hidden_size).
         lrpe: Learned relative position encoding (a reflection and a rotation) on queries and keys.
         feed_forward: "glu" (gated) or "ffn".
@@ -113,6 +116,7 @@ class TransNormerConfig(PreTrainedConfig):
         hidden_dropout_prob: Dropout on the embeddings and on both residual branches.
         attention_probs_dropout_prob: Dropout on the probabilities of DiagAttention.
         classifier_dropout: Dropout of the classification heads; `None` is `hidden_dropout_prob`.
+        classifier_activation: Between the two projections of the heads that classify whole texts.
         initializer: "normal" (every matrix N(0, initializer_range), the released encoder) or "xavier" (the released
             decoder: embeddings N(0, 1/sqrt(hidden_size)), Xavier-uniform attention).
         initializer_range: Standard deviation of "normal".
@@ -150,6 +154,7 @@ class TransNormerConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-8
     position_embedding: str = "learned"
     max_position_embeddings: int = 512
+    type_vocab_size: int = 0
     scale_embedding: bool = False
     lrpe: bool = True
     feed_forward: str = "glu"
@@ -158,6 +163,7 @@ class TransNormerConfig(PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     classifier_dropout: float | int | None = None
+    classifier_activation: str = "tanh"
     initializer: str = "normal"
     initializer_range: float = 0.02
     is_causal: bool = False
@@ -234,10 +240,12 @@ class TransNormerConfig(PreTrainedConfig):
         for field in ("initializer_range", "layer_norm_eps", "rms_norm_eps"):
             if not (value := getattr(self, field)) > 0:
                 raise ValueError(f"{field}={value} must be greater than 0.")
-        if self.hidden_act not in ACT2CLS:
-            raise ValueError(
-                f"hidden_act={self.hidden_act!r} is not known; choose one of {', '.join(map(repr, sorted(ACT2CLS)))}."
-            )
+        if self.type_vocab_size < 0:
+            raise ValueError(f"type_vocab_size={self.type_vocab_size} must be 0 (no token types) or more.")
+        for field in ("hidden_act", "classifier_activation"):
+            if (value := getattr(self, field)) not in ACT2CLS:
+                known = ", ".join(map(repr, sorted(ACT2CLS)))
+                raise ValueError(f"{field}={value!r} is not known; choose one of {known}.")
 
     def validate_layer_type(self) -> None:
         """Raises ValueError unless `layer_types` names one known attention per layer."""

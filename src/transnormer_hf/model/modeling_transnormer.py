@@ -33,7 +33,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive
+from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive, static_length
 from .configuration_transnormer import CACHE_NAME, TransNormerConfig
 from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm, with_segments
 from .reference_transnormer import (
@@ -48,6 +48,7 @@ from .reference_transnormer import (
     positioned_metadata,
     prepare_query_key,
     rotation_table,
+    visible_keys,
     zero_padding,
 )
 
@@ -264,8 +265,8 @@ class TransNormerNormAttention(TransNormerAttention):
 class TransNormerDiagAttention(TransNormerAttention):
     """DiagAttention: softmax(Q K^T / sqrt(head_dim)) V inside each block, or with relu, whose output is normalised."""
 
-    def __init__(self, config: TransNormerConfig):
-        super().__init__(config, has_norm=config.diag_activation == "relu")
+    def __init__(self, config: TransNormerConfig, has_norm: bool | None = None):
+        super().__init__(config, has_norm=config.diag_activation == "relu" if has_norm is None else has_norm)
         self.options: dict[str, Any] = {
             "block_size": config.block_size,
             "causal": config.is_causal,
@@ -282,11 +283,8 @@ class TransNormerDiagAttention(TransNormerAttention):
             )
 
         # A state holds rotated keys, so that a later query meets them as they are.
-        wide = compute_dtype(value.dtype)
-        query, key, value = query.to(wide), key.to(wide), value.to(wide)
-        if lrpe is not None:
-            within_block = metadata.positions % self.config.block_size
-            query, key = apply_lrpe(query, within_block, lrpe), apply_lrpe(key, within_block, lrpe)
+        query, key = self.rotate(query, key, metadata, lrpe)
+        value = value.to(key.dtype)
         if state.tokens.is_prefill:
             output = diag_attention(query, key, value, **options, metadata=metadata, backend=self.config.backend)
         else:  # the blocks of the new tokens begin with what the state holds
@@ -303,11 +301,15 @@ class TransNormerDiagAttention(TransNormerAttention):
         state.append(key, value)
         return output
 
-    def step(self, query, key, value, metadata, lrpe, state):
-        query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, 1, head_dim)
+    def rotate(self, query, key, metadata, lrpe):
+        """Query and key as they enter the products, and the state: LRPE within the block, in the accumulating dtype."""
+        query_key = torch.cat((query, key), 1).to(compute_dtype(query.dtype))  # (batch, 2 * heads, seq, head_dim)
         if lrpe is not None:
-            query_key = apply_lrpe(query_key, metadata.positions % self.config.block_size, lrpe)
-        query, key = query_key.chunk(2, 1)
+            query_key = apply_lrpe(query_key, metadata.positions % self.options["block_size"], lrpe)
+        return query_key.chunk(2, 1)
+
+    def step(self, query, key, value, metadata, lrpe, state):
+        query, key = self.rotate(query, key, metadata, lrpe)
         state.append(key, value)
         return state.state.attend(query, state.tokens, self.options["activation"], self.options["scale"])
 
@@ -316,23 +318,58 @@ class TransNormerDiagAttention(TransNormerAttention):
         return nn.functional.dropout(weights, self.dropout_p, self.training)
 
     def map_with_past(self, query, key, metadata, lrpe, state):
-        wide, block_size, tokens = compute_dtype(query.dtype), self.config.block_size, state.tokens
-        query, key = query.to(wide), key.to(wide)
-        if lrpe is not None:
-            within_block = metadata.positions % block_size
-            query, key = apply_lrpe(query, within_block, lrpe), apply_lrpe(key, within_block, lrpe)
-        if not tokens.is_step:
-            past_key, _ = state.past_block()
-            query = nn.functional.pad(query, (0, 0, block_size, 0))
-            options = self.options | {"metadata": tokens.with_past, "lrpe": None}
-            weights = diag_attention_map(query, torch.cat((past_key, key), 2), **options)
-            return state.attention_map(weights[:, :, block_size:])
-        slots = tokens.slots[:, None, :, None].expand_as(key)
-        scores = (query * self.options["scale"]) @ state.past["keys"].scatter(2, slots, key).mT
-        if self.options["activation"] == "relu":
-            return state.attention_map(scores.relu() * tokens.visible)
-        lowest = torch.finfo(wide).min
-        return state.attention_map(scores.masked_fill(~tokens.visible, lowest).softmax(-1) * tokens.visible)
+        query, key = self.rotate(query, key, metadata, lrpe)
+        tokens, block_size = state.tokens, self.config.block_size
+        if tokens.is_step:
+            slots = tokens.slots[:, None, :, None].expand_as(key)
+            scores = (query * self.options["scale"]) @ state.past["keys"].scatter(2, slots, key).mT
+            if self.options["activation"] == "relu":
+                weights = scores.relu()
+            else:
+                weights = scores.masked_fill(~tokens.visible, torch.finfo(scores.dtype).min).softmax(-1)
+            return state.attention_map(weights * tokens.visible, tokens.columns)
+        past_key, _ = state.past_block()
+        query = nn.functional.pad(query, (0, 0, block_size, 0))
+        options = self.options | {"metadata": tokens.with_past, "lrpe": None}
+        weights = diag_attention_map(query, torch.cat((past_key, key), 2), **options)
+        return state.attention_map(weights[:, :, block_size:], tokens.columns)
+
+
+class TransNormerFullAttention(TransNormerDiagAttention):
+    """Ordinary attention, softmax(Q K^T / sqrt(head_dim)) V over the whole sequence: one block without an end.
+
+    No part of the paper's models: for the layers of a converted model that stay as they were. Its state grows.
+    """
+
+    def __init__(self, config: TransNormerConfig):
+        super().__init__(config, has_norm=False)
+        self.options |= {"activation": "softmax", "block_size": 2**31}
+
+    def attend(self, query, key, value, metadata, lrpe, state):
+        query, key = (states.to(value.dtype) for states in self.rotate(query, key, metadata, lrpe))
+        if state is None:
+            visible = visible_keys(metadata, self.options["causal"])
+        else:
+            state.append(key, value)
+            key, value = state.with_new("keys", key), state.with_new("values", value)
+            visible = state.tokens.visible_keys
+        return nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=visible,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            is_causal=self.options["causal"] and visible is None,
+            scale=self.options["scale"],
+        )
+
+    step = attend
+
+    def map_with_past(self, query, key, metadata, lrpe, state):
+        query, key = self.rotate(query, key, metadata, lrpe)
+        scores = (query * self.options["scale"]) @ state.with_new("keys", key).mT  # (batch, heads, seq, keys)
+        weights = scores.masked_fill(~state.tokens.visible_keys, torch.finfo(scores.dtype).min).softmax(-1)
+        return state.attention_map(weights, state.tokens.key_columns)
 
 
 class TransNormerHybridAttention(nn.Module):
@@ -366,6 +403,7 @@ ATTENTION_CLASSES: dict[str, Callable[[TransNormerConfig], nn.Module]] = {
     "chunked_attention": TransNormerDiagAttention,
     "linear_attention": TransNormerNormAttention,
     "hybrid": TransNormerHybridAttention,
+    "full_attention": TransNormerFullAttention,
 }
 
 
@@ -515,6 +553,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
         self.is_causal = config.is_causal  # of the layers; what forward is given as is_causal must agree
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_index(config))
         self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
+        self.embed_token_types = None
+        if config.type_vocab_size:
+            self.embed_token_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.embed_positions = TransNormerPositions(config)
         self.embed_norm = make_norm(config.embedding_norm, config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -535,6 +576,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         r"""
@@ -565,7 +607,12 @@ class TransNormerModel(TransNormerPreTrainedModel):
             max_length = 0  # cu_seq_lens_q is there to spare the host a look
         elif is_packed or position_ids is not None or not isinstance(cache_lengths(cache), int):
             max_length = None
-        hidden_states = self.embed_positions(inputs_embeds * self.embed_scale, positions, max_length)
+        hidden_states = inputs_embeds * self.embed_scale
+        if self.embed_token_types is not None:
+            is_told = token_type_ids is not None
+            token_types = token_type_ids if is_told else positions.new_zeros(inputs_embeds.shape[:2])
+            hidden_states = hidden_states + self.embed_token_types(token_types)
+        hidden_states = self.embed_positions(hidden_states, positions, max_length)
         hidden_states = self.dropout(self.embed_norm(hidden_states))
 
         if cache is None and use_cache and self.is_causal and not self.training and not is_packed:
@@ -605,6 +652,9 @@ class TransNormerModel(TransNormerPreTrainedModel):
                     f"tokens before them was given as {CACHE_NAME}. {_HOST_HAS_CHANGED}"
                 )
             attention_mask = attention_mask[:, -seq_len:]
+            has_both = (position_ids is not None and seq_len > 1) or cu_seqlens is not None
+            if has_both and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+                attention_mask = None  # without zeros it says nothing, and packing is found
         if position_ids is not None:
             position_ids = position_ids.expand(batch_size, seq_len)
             if attention_mask is None and cu_seqlens is None and not (has_past and seq_len == 1):
@@ -774,7 +824,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             adopt_cache(cache, self.config)
         else:  # a TransNormerCache, so that what `generate` returns can be saved
             must_record = must_record or any(getattr(layer, "record_past", False) for layer in cache.layers)
-            cache = TransNormerCache(self.config, is_compileable=isinstance(cache, StaticCache))
+            cache = TransNormerCache(self.config, isinstance(cache, StaticCache), static_length(cache))
             model_kwargs[CACHE_NAME] = cache
         if is_assisted and generation_config.output_attentions and set(self.config.layer_types) == {"linear_attention"}:
             raise ValueError(
@@ -857,6 +907,7 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -865,6 +916,7 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             **kwargs,
@@ -879,16 +931,17 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
 
 
 class TransNormerClassificationHead(nn.Module):
-    """dropout, dense, tanh, dropout, projection on a vector per sequence, as in RoBERTa."""
+    """dropout, dense, activation, dropout, projection on a vector per sequence, as in RoBERTa (tanh)."""
 
     def __init__(self, config: TransNormerConfig, num_outputs: int):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.classifier_activation]
         self.dropout = make_classifier_dropout(config)
         self.out_proj = nn.Linear(config.hidden_size, num_outputs)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        pooled = torch.tanh(self.dense(self.dropout(pooled)))
+        pooled = self.activation(self.dense(self.dropout(pooled)))
         return self.out_proj(self.dropout(pooled))
 
 
@@ -933,6 +986,7 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
@@ -941,10 +995,10 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)  # (batch, hidden_size)
         logits = self.classifier(pooled)  # (batch, num_labels)
@@ -976,6 +1030,7 @@ class TransNormerForTokenClassification(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -984,10 +1039,10 @@ class TransNormerForTokenClassification(TransNormerPreTrainedModel):
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (batch, seq, num_labels)
         loss = None
@@ -1012,6 +1067,7 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
@@ -1021,10 +1077,10 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         logits = self.qa_outputs(outputs.last_hidden_state)  # (batch, seq, 2)
         start_logits, end_logits = (half.contiguous() for half in logits.unbind(-1))  # (batch, seq)
@@ -1058,6 +1114,7 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -1065,17 +1122,17 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
     ) -> MultipleChoiceModelOutput:
         # (batch, choices, seq) is run as (batch * choices, seq)
         num_choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        flat_ids, flat_mask, flat_positions, flat_embeds = (
+        flat_ids, flat_mask, flat_types, flat_positions, flat_embeds = (
             None if tensor is None else tensor.flatten(0, 1)
-            for tensor in (input_ids, attention_mask, position_ids, inputs_embeds)
+            for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
         outputs = self.model(
             flat_ids,
             attention_mask=flat_mask,
+            token_type_ids=flat_types,
             position_ids=flat_positions,
             inputs_embeds=flat_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         pooled = pool(outputs.last_hidden_state, flat_mask, self.config.pooling)
         logits = self.classifier(pooled).view(-1, num_choices)  # (batch, choices)

@@ -270,6 +270,24 @@ def keys_after_query(seq_len: int, device: torch.device) -> torch.Tensor:
     return torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).triu(1)
 
 
+def visible_keys(metadata: AttentionMetadata, causal: bool) -> torch.Tensor | None:
+    """(batch or 1, 1, seq, seq) bool, True where softmax attention over the whole sequence looks; None: as if unpadded.
+
+    A query that would see nothing, of a padding token, sees everything: its output means nothing, but is not NaN.
+    """
+    if metadata.is_real is None and metadata.sequence_ids is None:
+        return None
+    seq_len, device = metadata.positions.shape[-1], metadata.positions.device
+    visible = torch.ones(1, seq_len, seq_len, dtype=torch.bool, device=device)
+    if causal:
+        visible = visible & ~keys_after_query(seq_len, device)
+    if metadata.sequence_ids is not None:
+        visible = visible & (metadata.sequence_ids[:, None] == metadata.sequence_ids)
+    if metadata.is_real is not None:
+        visible = visible & metadata.is_real[:, None, :]
+    return (visible | ~visible.any(-1, keepdim=True))[:, None]
+
+
 # NormAttention
 
 

@@ -19,6 +19,7 @@ from ..model.modeling_transnormer import (
     TransNormerForCausalLM,
     TransNormerForMaskedLM,
     TransNormerForTokenClassification,
+    TransNormerFullAttention,
     TransNormerModel,
     TransNormerNormAttention,
     TransNormerPreTrainedModel,
@@ -201,9 +202,9 @@ def make_sequence_parallel(
                 'model has a norm of type "batch", over the tokens of all ranks; sequence parallelism is there for '
                 '"simple_rms", "rms" and "layer".'
             )
-        if isinstance(module, TransNormerAttention) and not isinstance(
-            module, TransNormerNormAttention | TransNormerDiagAttention
-        ):
+        is_local_or_linear = isinstance(module, TransNormerNormAttention | TransNormerDiagAttention)
+        is_full = isinstance(module, TransNormerFullAttention)
+        if isinstance(module, TransNormerAttention) and (is_full or not is_local_or_linear):
             raise ValueError(
                 f"model has a {type(module).__name__}, whose tokens meet those of other ranks; sequence parallelism is "
                 "there for DiagAttention and NormAttention."
