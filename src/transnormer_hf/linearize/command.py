@@ -36,9 +36,9 @@ from .distillation import (
     attention_of,
     compare,
     evaluate,
-    fit_output_projections,
     joint_losses,
     run_stage,
+    scale_output_projections,
 )
 from .sources import transfer
 
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = {"trained": "attention_transfer.pt", "joint": "joint_distillation.pt"}
 # What a sentence encoder of sentence-transformers has beside the model; modules.json names further folders.
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
-FIT_TOKENS = 32  # of the closed-form start, per channel
+SCALE_TOKENS = 4096  # from which the scale of the output projections is computed
 
 
 @dataclass
@@ -252,6 +252,11 @@ def make_models(source: PreTrainedModel, args: SourceArguments) -> tuple[PreTrai
         "position_extension": args.position_extension,
     }
     layer_types = args.layer_types.split(",") if args.layer_types is not None else None
+    if layer_types is not None and len(layer_types) != source.config.num_hidden_layers:
+        raise ValueError(
+            f"--layer_types {args.layer_types} names {len(layer_types)} layers, and {args.model_name_or_path} has"
+            f" {source.config.num_hidden_layers}: name each."
+        )
     student = transfer(
         source,
         layer_types=layer_types,
@@ -321,7 +326,7 @@ def distill(
     Returns:
         The figures, all on the held-out texts. Squared errors are relative to the teacher's squares.
 
-        - `attention`: by layer, the error of its attention alone after each step, "copied", "fitted", "trained";
+        - `attention`: by layer, the error of its attention alone after each step, "copied", "scaled", "trained";
         - `whole`: after each of these and "joint", what `compare` measures;
         - `steps` and `minutes` of "trained" and "joint".
     """
@@ -350,9 +355,8 @@ def distill(
         "settings": settings,
     }
     if layers:
-        tokens = FIT_TOKENS * student.config.hidden_size
-        fit_output_projections(teacher, student, layers, train.holding(tokens))
-        figures["whole"]["fitted"] = compare(teacher, student, held_out)
+        scale_output_projections(teacher, student, layers, train.holding(SCALE_TOKENS))
+        figures["whole"]["scaled"] = compare(teacher, student, held_out)
         default_steps = 300 if args.max_minutes is None else None
         result = learn(
             "trained",
@@ -369,7 +373,7 @@ def distill(
         )
         for layer in layers:
             name = f"layer {layer}"
-            figures["attention"][str(layer)] |= {"fitted": result.before[name], "trained": result.after[name]}
+            figures["attention"][str(layer)] |= {"scaled": result.before[name], "trained": result.after[name]}
     if args.joint_steps:
         learn(
             "joint",
@@ -466,8 +470,11 @@ def copy_sentence_encoder(args: SourceArguments, folder: Path) -> None:
     if not (source / "modules.json").is_file():
         return
     for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
-        if module["path"]:  # the first is the model itself
-            shutil.copytree(source / module["path"], folder / module["path"], dirs_exist_ok=True)
+        name = Path(
+            module["path"]
+        ).name  # "" for the model itself; some modules, such as a normalisation, have no files
+        if name and (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
     for name in SENTENCE_ENCODER:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -489,7 +496,7 @@ def license_of(args: SourceArguments) -> str | None:
 STEPS = {
     "teacher": "the source itself",
     "copied": "weights copied",
-    "fitted": "output projections fitted",
+    "scaled": "output projections scaled",
     "trained": "attention transfer",
     "joint": "joint distillation",
 }
@@ -505,7 +512,7 @@ def describe_results(results: Mapping[str, Any], layer_types: Sequence[str]) -> 
         for step, title in STEPS.items()
         if step in whole
     ]
-    steps = ("copied", "fitted", "trained")
+    steps = ("copied", "scaled", "trained")
     attentions = [
         [layer, ATTENTION_NAMES[kind], *(f"{errors[step]:.4g}" if step in errors else "" for step in steps)]
         for (layer, errors), kind in zip(results["attention"].items(), layer_types, strict=True)

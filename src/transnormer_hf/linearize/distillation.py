@@ -333,66 +333,46 @@ def attention_losses(teacher: PreTrainedModel, student: PreTrainedModel, layers:
 
 
 @torch.no_grad()
-def fit_output_projections(
-    teacher: PreTrainedModel,
-    student: PreTrainedModel,
-    layers: Sequence[int],
-    batches: Iterable[Batch],
-    ridge: float = 0.03,
+def scale_output_projections(
+    teacher: PreTrainedModel, student: PreTrainedModel, layers: Sequence[int], batches: Iterable[Batch]
 ) -> None:
-    """Closed form: set each output projection to the one that brings the attention closest to its teacher's.
+    """Closed form: bring what enters each output projection to the root mean square that it has in the teacher.
 
-    The norm of NormAttention gives its context (what enters the output projection) a root mean square of 1, whatever
-    the teacher's was. So the projection is first scaled by the ratio of the two. Then the least squares solution W over
-    all real tokens x, with outputs y of the teacher's attention, is drawn towards that start W0:
+    The norm of NormAttention makes it 1, whatever it was. So the weights of the projection, which were copied, take the
+    ratio of the two over all real tokens of some batches.
 
-        minimise  sum |W x - y|^2 + ridge * sum |x|^2 / channels * |W - W0|^2
-
-    Args:
-        layers: Which layers' attentions; the batches go through the teacher once for all of them.
-        batches: Texts; a few tokens per channel are enough.
-        ridge: The pull towards W0, which few tokens need.
+    A least squares fit of the projection starts at two thirds of the error, and after 300 steps is behind in all but
+    the first layer (all-MiniLM-L6-v2, 12,000 tokens, all six layers linear).
     """
-    contexts: dict[tuple[bool, int], torch.Tensor] = {}  # (is the student's, layer): (batch, seq, hidden_size)
+    contexts: dict[tuple[str, int], torch.Tensor] = {}  # (whose, layer) -> (batch, seq, hidden_size)
 
-    def keep(*place: Any) -> Callable[..., None]:
+    def keep(place: tuple[str, int]) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             contexts[place] = arguments[0]
 
         return hook
 
-    models = (teacher, student)
-    projections = {(which, layer): attention_of(models[which], layer).out_proj for which in (0, 1) for layer in layers}
-    handles = [projection.register_forward_pre_hook(keep(*place)) for place, projection in projections.items()]
-    width = student.config.hidden_size
-    moments = {layer: torch.zeros(width + 1, 2 * width + 1, dtype=torch.float64) for layer in layers}
-    teacher_squares = dict.fromkeys(layers, 0.0)
+    places = {
+        (whose, layer): attention_of(model, layer).out_proj
+        for whose, model in (("teacher", teacher), ("student", student))
+        for layer in layers
+    }
+    handles = [projection.register_forward_pre_hook(keep(place)) for place, projection in places.items()]
+    squares = dict.fromkeys(places, 0.0)
     try:
         for batch in batches:
-            is_real = batch["attention_mask"].bool()
             with recorded_attention(teacher, layers) as records:
                 teacher.base_model(**batch, use_cache=False)
             for layer, shown in records.items():
                 attention_of(student, layer)(shown.inputs, shown.metadata)
-                x = F.pad(
-                    contexts[True, layer][is_real].double(), (0, 1), value=1.0
-                )  # (tokens, width + 1), 1: the bias
-                y = shown.outputs[is_real].double()  # (tokens, width)
-                moments[layer] += (x.mT @ torch.cat((x, y), 1)).cpu()
-                teacher_squares[layer] += float(contexts[False, layer][is_real].double().square().sum())
+            for place, context in contexts.items():
+                squares[place] += float(context[batch["attention_mask"].bool()].double().square().sum())
     finally:
         for handle in handles:
             handle.remove()
     for layer in layers:
-        projection = projections[True, layer]
-        gram, cross = moments[layer].split((width + 1, width), 1)
-        squares = float(gram.diagonal()[:-1].sum())
-        projection.weight.mul_((teacher_squares[layer] / squares) ** 0.5)
-        start = torch.cat((projection.weight.mT, projection.bias[None])).double().cpu()  # (width + 1, width)
-        damped = gram + ridge * squares / width * torch.eye(width + 1, dtype=torch.float64)
-        fitted = start + torch.linalg.solve(damped, cross - gram @ start)
-        projection.weight.copy_(fitted[:-1].mT)
-        projection.bias.copy_(fitted[-1])
+        scale = (squares["teacher", layer] / squares["student", layer]) ** 0.5
+        places["student", layer].weight.mul_(scale)
 
 
 # ---- Joint distillation ----
