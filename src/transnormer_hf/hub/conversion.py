@@ -9,8 +9,6 @@ and writes nothing.
 import argparse
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..model.configuration_transnormer import TransNormerConfig
 from ..model.modeling_transnormer import TransNormerForCausalLM, TransNormerForMaskedLM
+from ..training.files import new_folder
 
 # Released name -> name here; the first pattern that matches the whole name applies.
 RENAMES = [
@@ -84,18 +83,10 @@ def convert_checkpoint(
             "it is not the one the model was trained with."
         )
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    try:
+    with new_folder(output_dir) as unfinished:
         model.save_pretrained(unfinished)
         if loaded_tokenizer is not None:
             loaded_tokenizer.save_pretrained(unfinished)
-        unfinished.chmod(0o755)  # mkdtemp's folders are private
-        if output_dir.exists():
-            output_dir.rmdir()
-        unfinished.rename(output_dir)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return model
 
 

@@ -2,6 +2,7 @@
 
     build_glue_card           after training on a GLUE task
     build_training_card       after pre-training, or training on another task
+    build_linearized_card     of a pretrained transformer that became a TransNormer
     build_architecture_card   of a saved model of which only the configuration is known
     build_preset_card         of a preset: a configuration without weights
 
@@ -47,7 +48,7 @@ ATTENTION_NAMES = {
     "chunked_attention": "DiagAttention",
     "linear_attention": "NormAttention",
     "hybrid": "both attentions",
-    "full_attention": "softmax attention",
+    "full_attention": "full attention",
 }
 BASELINE = "transnormer_hf_baseline"  # model type of `research.baselines`, which this file has no need to import
 PACKAGES = ("transnormer-hf", "transformers", "torch", "datasets", "tokenizers", "accelerate", "peft")
@@ -407,6 +408,59 @@ def build_architecture_card(folder: Path, repo_id: str) -> ModelCard:
     )
 
 
+def build_linearized_card(
+    folder: Path,
+    *,
+    name: str,
+    source: str,
+    source_license: str | None,
+    results_table: str,
+    results_note: str,
+    training_note: str,
+    hyperparameters: Mapping[str, Any],
+) -> ModelCard:
+    """The card of a saved TransNormer that was made of a pretrained transformer.
+
+    Args:
+        folder: Where it is saved.
+        name: What it will be called.
+        source: The transformer: a name on the Hub, or a path, of which the card shows the last part.
+        source_license: The licence that the source's card states, None if it states none.
+        results_table: What was measured, in Markdown, and `results_note` how.
+        training_note: From what it learned; `hyperparameters` how.
+    """
+    config, head, auto_class, parameters = _read_config(folder)
+    is_on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not Path(source).exists()
+    source_name = source if is_on_hub else Path(source).resolve().name
+    licence = f"the licence of {source_name}, {source_license}, holds" if source_license else "it states no licence"
+    return _card_of_config(
+        config,
+        {"model_name": name, "license": source_license, "base_model": source if is_on_hub else None},
+        title=f"{source_name} with linear attention",
+        summary=(
+            f"A `{head}` with {parameters}, of the architecture of {paper.TITLE}. Its weights are those of"
+            f" {source_name} ({licence}), and its attentions learned to give what that model's softmax attentions give."
+        ),
+        results_table=results_table,
+        results_note=results_note,
+        loading_code=(
+            f"from transformers import AutoTokenizer, {auto_class}\n\n"
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+            "model = " + _call(f"{auto_class}.from_pretrained", f'"{name}"')
+        ),
+        output_note=f"The outputs are those of {source_name}, approximately.",
+        intended_use=f"For what {source_name} is for, with attention whose cost is linear in the length of a text.",
+        limits=[
+            "How close it comes on other texts, and on longer ones, than those of the table has not been measured.",
+            f"It repeats the biases of {source_name}. {UNMEASURED}",
+            PEOPLE,
+        ],
+        training_note=training_note,
+        hyperparameter_table=markdown_table(["hyperparameter", "value"], hyperparameters.items()),
+        environment_table=markdown_table(["", "version"], package_versions().items()),
+    )
+
+
 def build_preset_card(folder: Path, requirements: Sequence[str]) -> ModelCard:
     """The card of a preset, from the configuration in its folder (`scripts/make_model_cards.py` writes them all).
 
@@ -505,13 +559,8 @@ def count_parameters(config: Any, auto_class: str) -> int:
 
 
 def _architecture_table(config: Any) -> str:
-    counts = {
-        "DiagAttention": config.layer_types.count("chunked_attention"),
-        "NormAttention": config.layer_types.count("linear_attention"),
-        "both": config.layer_types.count("hybrid"),
-        "full attention": config.layer_types.count("full_attention"),
-    }
-    layers = ", ".join(f"{count} with {kind}" for kind, count in counts.items() if count)
+    counts = {name: config.layer_types.count(kind) for kind, name in ATTENTION_NAMES.items()}
+    layers = ", ".join(f"{count} with {name}" for name, count in counts.items() if count)
     rows = {
         "layers": f"{config.num_hidden_layers}: {layers}",
         "width": f"{config.hidden_size}, {config.num_attention_heads} heads of {config.head_dim}",

@@ -1,6 +1,8 @@
-"""Files that are written whole: a reader sees the old file or the new one, and an interrupted write loses nothing."""
+"""Files and folders that are written whole: a reader sees the old or the new, an interrupted write loses nothing."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,3 +28,22 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Write a text file by way of `replacing`, in UTF-8 and with plain newlines."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder beside `path`, which takes its name at the end; `path` must then not exist or be empty.
+
+    Where the block raises, the temporary folder goes and `path` stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)  # mkdtemp's folders are private
+        if path.exists():
+            path.rmdir()
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
