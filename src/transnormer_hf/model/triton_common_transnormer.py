@@ -296,12 +296,12 @@ def launch(kernel: Any, grid: tuple[int, ...], tensors: Mapping[str, torch.Tenso
     """
     if 0 in grid:
         return
-    device_of = None
+    device_of, parameters = None, frozenset(kernel.arg_names)
     for name, tensor in tensors.items():
         arguments[f"{name}_ptr"] = tensor
         if tensor is not None:
             device_of = tensor
-            if f"{name}_row_stride" in kernel.arg_names:
+            if f"{name}_row_stride" in parameters:
                 arguments[f"{name}_row_stride"] = row_stride(tensor) // STRIDE_UNIT.value
     with torch.cuda.device_of(device_of):
         kernel[grid](**arguments)

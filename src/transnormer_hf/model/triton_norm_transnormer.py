@@ -617,6 +617,7 @@ class _Launches:
         options = launch_options(*shape)
         self.segments = batch_size * segments
         self.tiles = self.segments * (SEGMENT // options["BLOCK_T"])
+        self.options = {name: options[name] for name in ("num_warps", "num_stages")}
         self.tensors: dict[str, torch.Tensor | None] = {
             "position": None if theta is None else positions.contiguous(),
             "mask": None if is_real is None else is_real.contiguous().view(torch.uint8),
@@ -636,9 +637,8 @@ class _Launches:
         }
 
     def __call__(self, kernel: Any, programs: int, tensors: Mapping[str, torch.Tensor | None]) -> None:
-        names = (*kernel.arg_names, "num_warps", "num_stages")
-        arguments = {name: value for name, value in self.arguments.items() if name in names}
-        launch(kernel, (programs, self.num_heads), {**self.tensors, **tensors}, **arguments)
+        arguments = {name: self.arguments[name] for name in kernel.arg_names if name in self.arguments}
+        launch(kernel, (programs, self.num_heads), {**self.tensors, **tensors}, **arguments, **self.options)
 
     def scan(self, key, value, initial, states, total, DIRECTION):
         """Fill `states` and `total` from the sums over key and value."""
