@@ -63,15 +63,11 @@ DERIVED_FIELDS = (
 )
 
 # One repository serves every head, whichever was saved last.
+HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 AUTO_MAP = {
     "AutoConfig": "configuration_transnormer.TransNormerConfig",
     "AutoModel": "modeling_transnormer.TransNormerModel",
-    "AutoModelForCausalLM": "modeling_transnormer.TransNormerForCausalLM",
-    "AutoModelForMaskedLM": "modeling_transnormer.TransNormerForMaskedLM",
-    "AutoModelForSequenceClassification": "modeling_transnormer.TransNormerForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_transnormer.TransNormerForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_transnormer.TransNormerForQuestionAnswering",
-    "AutoModelForMultipleChoice": "modeling_transnormer.TransNormerForMultipleChoice",
+    **{f"AutoModelFor{head}": f"modeling_transnormer.TransNormerFor{head}" for head in HEADS},
 }
 
 

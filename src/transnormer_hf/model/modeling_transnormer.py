@@ -33,7 +33,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive, static_length
+from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive
 from .configuration_transnormer import CACHE_NAME, TransNormerConfig
 from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm, with_segments
 from .reference_transnormer import (
@@ -422,21 +422,15 @@ class TransNormerLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         # (batch, seq, hidden_size) throughout
-        residual = hidden_states
-        if self.is_pre_norm:
-            hidden_states = self.attention_norm(hidden_states)
-        hidden_states, _ = self.self_attn(hidden_states, metadata, state, **kwargs)
-        hidden_states = residual + self.dropout(hidden_states)
+        branch = self.attention_norm(hidden_states) if self.is_pre_norm else hidden_states
+        branch, _ = self.self_attn(branch, metadata, state, **kwargs)
+        hidden_states = hidden_states + self.dropout(branch)
         if not self.is_pre_norm:
             hidden_states = self.attention_norm(hidden_states)
 
-        residual = hidden_states
-        if self.is_pre_norm:
-            hidden_states = self.feed_forward_norm(hidden_states)
-        hidden_states = residual + self.dropout(self.feed_forward(hidden_states))
-        if not self.is_pre_norm:
-            hidden_states = self.feed_forward_norm(hidden_states)
-        return hidden_states
+        branch = self.feed_forward_norm(hidden_states) if self.is_pre_norm else hidden_states
+        hidden_states = hidden_states + self.dropout(self.feed_forward(branch))
+        return hidden_states if self.is_pre_norm else self.feed_forward_norm(hidden_states)
 
 
 class TransNormerPositions(nn.Module):
@@ -791,7 +785,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             adopt_cache(cache, self.config)
         else:  # a TransNormerCache, so that what `generate` returns can be saved
             must_record = must_record or any(getattr(layer, "record_past", False) for layer in cache.layers)
-            cache = TransNormerCache(self.config, isinstance(cache, StaticCache), static_length(cache))
+            cache = TransNormerCache(self.config, is_compileable=isinstance(cache, StaticCache))
             model_kwargs[CACHE_NAME] = cache
         if is_assisted and generation_config.output_attentions and set(self.config.layer_types) == {"linear_attention"}:
             raise ValueError(
@@ -1093,12 +1087,7 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
 
 
 __all__ = [
-    "TransNormerForCausalLM",
-    "TransNormerForMaskedLM",
-    "TransNormerForMultipleChoice",
-    "TransNormerForQuestionAnswering",
-    "TransNormerForSequenceClassification",
-    "TransNormerForTokenClassification",
-    "TransNormerModel",
-    "TransNormerPreTrainedModel",
-]
+    "TransNormerForCausalLM", "TransNormerForMaskedLM", "TransNormerForMultipleChoice",
+    "TransNormerForQuestionAnswering", "TransNormerForSequenceClassification", "TransNormerForTokenClassification",
+    "TransNormerModel", "TransNormerPreTrainedModel",
+]  # fmt: skip
