@@ -44,11 +44,11 @@ from .reference_transnormer import (
     attention_metadata,
     compute_dtype,
     diag_attention_map,
+    hidden_keys,
     norm_attention_map,
     positioned_metadata,
     prepare_query_key,
     rotation_table,
-    visible_keys,
     zero_padding,
 )
 
@@ -330,9 +330,11 @@ class TransNormerFullAttention(TransNormerDiagAttention):
 
     def attend(self, query, key, value, metadata, lrpe, state):
         query, key = (states.to(value.dtype) for states in self.rotate(query, key, metadata, lrpe))
-        if state is None:
-            visible = visible_keys(metadata, self.options["causal"])
-        else:
+        visible = None
+        if state is None and (metadata.is_real is not None or metadata.sequence_ids is not None):
+            hidden = hidden_keys(metadata, self.options["causal"])
+            visible = ~hidden | hidden.all(-1, keepdim=True)  # a padding token may see nothing: it sees all, not NaN
+        elif state is not None:
             state.append(key, value)
             key, value = state.with_new("keys", key), state.with_new("values", value)
             visible = state.tokens.visible_keys
