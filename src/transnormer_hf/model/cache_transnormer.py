@@ -128,7 +128,8 @@ class Progress(Recorded):
         self.has_begun = False
         self.is_contiguous = True  # of all recorded tokens
         self.seen = _zeros(dtype=torch.long, device=torch.device("cpu"))
-        self.rollback: Rollback | None = None
+        # what `crop` leaves: the number of all columns, and slices of the recorded ones to take in again
+        self.rollback: tuple[int, list[tuple[slice, NewTokens]]] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -261,20 +262,13 @@ class Progress(Recorded):
             if is_recorded:
                 self.base = _clone(self.tensors)
             replays.append((part, self.advance(metadata, is_recorded, of_text[:, part])))
-        self.rollback = Rollback(num_columns, replays)
+        self.rollback = num_columns, replays
 
     def reset(self) -> None:
         super().reset()
         self.has_begun = False
         self.seen.zero_()
         self.tensors |= {name: tensor[:, :0] for name, tensor in self.tensors.items() if name.startswith("key_")}
-
-
-class Rollback(NamedTuple):
-    """What `crop` leaves: all columns, and of the recorded ones the slices of the history to take in again."""
-
-    num_columns: int
-    replays: list[tuple[slice, NewTokens]]
 
 
 class AttentionState(Recorded):
@@ -316,11 +310,11 @@ class AttentionState(Recorded):
             self.tensors = _clone(self.tensors)
         self.is_saved = is_saved
 
-    def roll_back(self, rollback: Rollback) -> None:
+    def roll_back(self, num_columns: int, replays: list[tuple[slice, NewTokens]]) -> None:
         self._detach_from_autograd()
         key, value = (torch.cat(parts, 2) for parts in zip(*self.history, strict=True))
         self.restore_base()
-        for columns, tokens in rollback.replays:
+        for columns, tokens in replays:
             if tokens.is_recorded:
                 self.base = _clone(self.tensors)
             self.append(key[:, :, columns], value[:, :, columns], tokens)
@@ -395,8 +389,8 @@ class FullAttentionState(AttentionState):
         new = {"keys": key.detach(), "values": value.detach()}
         self.tensors = {name: torch.cat((past[name].to(new[name].dtype), new[name]), 2) for name in past}
 
-    def roll_back(self, rollback):
-        self.tensors = _map(lambda tensor: tensor[:, :, : rollback.num_columns], self.tensors)
+    def roll_back(self, num_columns, replays):
+        self.tensors = _map(lambda tensor: tensor[:, :, :num_columns], self.tensors)
 
     def reset(self):
         self.tensors = {}
@@ -477,7 +471,7 @@ class TransNormerCacheLayer(CacheLayerMixin):
             self.progress.roll_back(tokens_to_remove)
         if self.progress.rollback is not None:
             for state in self.states:
-                state.roll_back(self.progress.rollback)
+                state.roll_back(*self.progress.rollback)
 
     def reset(self) -> None:
         """Back to the beginning; the tensors stay where they are, for a compiled step."""
@@ -586,12 +580,8 @@ class TransNormerCache(Cache):
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         return self.layers[0].progress.has_begun
 
-    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Moves a layer's state to the CPU."""
-        self.layers[layer_idx].offload()
-
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Moves it back to the device of the tokens."""
+        """Moves a layer's state, which `offload` has moved to the CPU, back to the device of the tokens."""
         self.layers[layer_idx].prefetch()
 
     @property

@@ -599,14 +599,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
             hidden_states = layer(hidden_states, metadata=metadata, state=state, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
-    def _metadata(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        cu_seqlens: torch.Tensor | None,
-    ) -> AttentionMetadata:
+    def _metadata(self, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens):
         """Where the tokens stand, from whichever description of padding or packing was given."""
         batch_size, seq_len, _ = inputs_embeds.shape
         lengths = cache_lengths(cache)
@@ -877,13 +870,9 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds=inputs_embeds,
-            token_type_ids=token_type_ids,
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids,
             **kwargs,
-        )
+        )  # fmt: skip
         logits = self.lm_head(outputs.last_hidden_state)  # (batch, seq, vocab_size)
         loss = None
         if labels is not None:
@@ -920,17 +909,16 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooli
     for a row of padding pooled by "mean".
     """
     if attention_mask is None:
-        if pooling == "mean":
-            return hidden_states.mean(1)
-        return hidden_states[:, 0 if pooling == "first" else -1]
-    is_real = attention_mask.to(hidden_states.dtype)  # (batch, seq)
+        attention_mask = torch.ones_like(hidden_states[..., 0])
+    is_real = attention_mask.bool()  # (batch, seq)
     if pooling == "mean":
-        total = (hidden_states * is_real[..., None]).sum(1)
-        return total / is_real.sum(1, keepdim=True).clamp(min=1)
+        wide = compute_dtype(hidden_states.dtype)  # a sum over a long text leaves the range of float16
+        total = hidden_states.masked_fill(~is_real[..., None], 0).sum(1, dtype=wide)
+        return (total / is_real.sum(1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
     if pooling == "first":
-        token = is_real.argmax(1)  # (batch,)
+        token = is_real.int().argmax(1)  # (batch,)
     else:
-        token = is_real.shape[1] - 1 - is_real.flip(1).argmax(1)
+        token = is_real.shape[1] - 1 - is_real.int().flip(1).argmax(1)
     return hidden_states.gather(1, token[:, None, None].expand(-1, 1, hidden_states.shape[-1])).squeeze(1)
 
 

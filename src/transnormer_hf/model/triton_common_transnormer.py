@@ -470,12 +470,5 @@ def _rms_norm_gradients(ctx: Any, run_backward: Callable[..., Any], grad: torch.
     return run_backward(grad, *ctx.saved_tensors, ctx.eps), None
 
 
-_rms_norm = Differentiable(
-    "simple_rms_norm",
-    rms_norm_forward,
-    _empty_rms_norm,
-    rms_norm_backward,
-    _empty_rms_norm_backward,
-    _save_rms_norm,
-    _rms_norm_gradients,
-)
+_forward, _backward = (rms_norm_forward, _empty_rms_norm), (rms_norm_backward, _empty_rms_norm_backward)
+_rms_norm = Differentiable("simple_rms_norm", *_forward, *_backward, _save_rms_norm, _rms_norm_gradients)

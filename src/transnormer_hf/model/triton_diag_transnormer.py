@@ -583,23 +583,13 @@ def _launch(kernel: Any, inputs: DiagInputs, results: dict[str, torch.Tensor | N
         positions = positions.contiguous()
     tensors |= {"query": query, "key": key, "value": value, "positions": positions, "seed": inputs.seed, **results}
     target, tiles = target_of(query), count_tiles(seq_len, inputs.block_size, cu_seqlens)
-    launch(
-        kernel,
-        (batch_size * num_heads * tiles,),
-        tensors,
-        positions_stride=positions.stride(0) if positions.dim() == 2 else 0,
-        scale=inputs.scale,
-        dropout_p=inputs.dropout_p,
-        num_heads=num_heads,
-        seq_len=seq_len,
-        num_sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        tiles_per_row=tiles,
-        block_size=inputs.block_size,
-        CAUSAL=inputs.causal,
-        RELU=is_relu,
-        **diag_constants(target, ELEMENT_TYPES[query.dtype], head_dim, is_interpreted()),
-        **launch_options(target),
-    )
+    arguments = {name: getattr(inputs, name) for name in ("scale", "dropout_p", "block_size")}
+    arguments |= {"num_heads": num_heads, "seq_len": seq_len, "tiles_per_row": tiles}
+    arguments["positions_stride"] = positions.stride(0) if positions.dim() == 2 else 0
+    arguments["num_sequences"] = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    constants = diag_constants(target, ELEMENT_TYPES[query.dtype], head_dim, is_interpreted())
+    constants = constants | {"CAUSAL": inputs.causal, "RELU": is_relu} | launch_options(target)
+    launch(kernel, (batch_size * num_heads * tiles,), tensors, **arguments, **constants)
 
 
 def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:
