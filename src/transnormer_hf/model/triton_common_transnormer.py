@@ -66,14 +66,15 @@ def load_lrpe(theta_ptr, householder_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
     """
     if theta_ptr is None:
         return 0, 0, 0
-    pairs, channels = tl.arange(0, BLOCK_D // 2), tl.arange(0, BLOCK_D)
-    theta = tl.load(theta_ptr + pairs, mask=pairs < HEAD_DIM // 2, other=0.0).to(tl.float32)
-    turns = theta.to(tl.float64) / 6.283185307179586
-    turns = (turns - tl.floor(turns)) * 4294967296.0
-    high = tl.floor(turns)
-    low = tl.floor((turns - high) * 4294967296.0)
-    householder = tl.load(householder_ptr + channels, mask=channels < HEAD_DIM, other=0.0).to(tl.float32)
-    return high.to(tl.int64).to(tl.uint32), low.to(tl.int64).to(tl.uint32), householder * 1.4142135623730951
+    else:
+        pairs, channels = tl.arange(0, BLOCK_D // 2), tl.arange(0, BLOCK_D)
+        theta = tl.load(theta_ptr + pairs, mask=pairs < HEAD_DIM // 2, other=0.0).to(tl.float32)
+        turns = theta.to(tl.float64) / 6.283185307179586
+        turns = (turns - tl.floor(turns)) * 4294967296.0
+        high = tl.floor(turns)
+        low = tl.floor((turns - high) * 4294967296.0)
+        householder = tl.load(householder_ptr + channels, mask=channels < HEAD_DIM, other=0.0).to(tl.float32)
+        return high.to(tl.int64).to(tl.uint32), low.to(tl.int64).to(tl.uint32), householder * 1.4142135623730951
 
 
 @triton.jit
@@ -411,7 +412,7 @@ def triton_simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8) -> to
 
     eps stands outside of the root, and everything is float32 inside: in float16 an eps of 1e-8 would be zero. The
     backward pass works from the result and the rms of each row, so the input need not be kept. The definition is
-    `simple_rms_norm` in `ops_transnormer.py`.
+    `eager_simple_rms_norm` in `reference_transnormer.py`.
 
     What the kernel does not take, `unsupported` tells before.
     """
@@ -459,14 +460,14 @@ def _empty_rms_norm_backward(grad: torch.Tensor, normed: torch.Tensor, rms: torc
     return new_empty(tuple(normed.shape), normed)
 
 
-def _save_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save_rms_norm(ctx, inputs, output):
     normed, rms = output
     ctx.mark_non_differentiable(rms)
     ctx.save_for_backward(normed, rms)
     ctx.eps = inputs[1]
 
 
-def _rms_norm_gradients(ctx: Any, run_backward: Callable[..., Any], grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+def _rms_norm_gradients(ctx, run_backward, grad, _rms_grad):
     return run_backward(grad, *ctx.saved_tensors, ctx.eps), None
 
 
