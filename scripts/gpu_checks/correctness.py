@@ -8,12 +8,15 @@ import torch
 from transnormer_hf import diag_attention, norm_attention, simple_rms_norm
 from transnormer_hf.model.reference_transnormer import attention_metadata
 
-from .rows import DTYPES, FAIL, OK, Recorder, worst_error
+from .rows import DTYPES, FAIL, OK, Recorder, token_errors, worst_error
 
 # Of `worst_error`. Rounding of results and of the operands of products leaves a fraction of these.
 LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 3e-2}
 # theta's gradient sums numbers of both signs, each multiplied by its position
 THETA_FACTOR = 5
+# The gradient of relu jumps where a score is zero, and rounding puts a few scores on the other side: then the median
+# of the tokens counts, and theta's gradient, a sum over all of them, gets a limit of its own.
+RELU_THETA_LIMIT = 0.15
 GROUPS = [
     *((op, dtype, dim) for dim in (128, 64, 32) for dtype in ("bf16", "fp32", "fp16") for op in ("norm", "diag")),
     ("norm", "bf16", 40),  # padded to a power of two
@@ -106,14 +109,19 @@ def check_case(record: Recorder, op: str, dtype: str, head_dim: int, case: Case)
 
         def run(backend: str, inputs: dict[str, Any]) -> dict[str, Any]:
             inputs = dict(inputs)
-            lrpe = (inputs.pop("theta"), householder.to(inputs["value"].dtype)) if case.lrpe else None
+            lrpe = None
+            if case.lrpe:
+                lrpe = inputs["theta"], householder.to(inputs.pop("theta").dtype)
             if op == "diag":
                 return {"output": diag_attention(**inputs, **options, lrpe=lrpe, backend=backend)}
             output, state = norm_attention(**inputs, **options, lrpe=lrpe, return_state=case.states, backend=backend)
             return {"output": output} | ({"state": state} if state is not None else {})
 
-        errors = compare(run, tensors, mask)
-        limits = {key: LIMITS[dtype] * (THETA_FACTOR if key == "d theta" else 1) for key in errors}
+        is_relu = case.options.get("activation") == "relu"
+        errors = compare(run, tensors, mask, is_relu)
+        limits = dict.fromkeys(errors, LIMITS[dtype])
+        if case.lrpe:
+            limits["d theta"] = RELU_THETA_LIMIT if is_relu else THETA_FACTOR * LIMITS[dtype]
         worst = max(errors, key=lambda key: errors[key] / limits[key] if errors[key] == errors[key] else float("inf"))
         record.judge(name, errors[worst], limits[worst], of=worst, errors=errors)
 
@@ -122,10 +130,12 @@ def compare(
     run: Callable[[str, dict[str, Any]], dict[str, Any]],
     tensors: dict[str, Any],
     mask: torch.Tensor | None = None,
+    is_relu: bool = False,
 ) -> dict[str, float]:
     """`worst_error` of each result of the kernels and of each gradient, against the definition in float64.
 
-    run: (backend, inputs) to results. mask: outputs at padding are undefined and get no gradient.
+    run: (backend, inputs) to results. mask: outputs at padding are undefined and get no gradient. is_relu: the
+    gradients of query and key may jump at single tokens, so their median counts.
     """
     generator = torch.Generator().manual_seed(1)
     upstream: dict[str, Any] = {}
@@ -144,7 +154,10 @@ def compare(
         )
         both = results | {f"d {name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
         found.append({key: tensor.detach() for key, tensor in both.items()})
-    return {key: float(f"{worst_error(found[0][key], truth):.2e}") for key, truth in found[1].items()}
+    errors = {key: worst_error(found[0][key], truth) for key, truth in found[1].items()}
+    if is_relu:
+        errors |= {key: token_errors(found[0][key], found[1][key]).median().item() for key in ("d query", "d key")}
+    return {key: float(f"{error:.2e}") for key, error in errors.items()}
 
 
 def make_inputs(

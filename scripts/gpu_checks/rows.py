@@ -69,14 +69,13 @@ def explain(error: BaseException | None) -> str:
 
 
 def worst_error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """The largest 2-norm of an error among all tokens (rows), over the root mean square of the norms of their truths.
+    """The largest of `token_errors`: sees a wrong factor as well as a single wrong token."""
+    return token_errors(found, truth).max().item() if truth.numel() else 0.0
 
-    Sees a wrong factor as well as a single wrong token. For tensors of one dimension it is the plain relative error.
-    """
-    if truth.numel() == 0:
-        return 0.0
-    difference, truth = found.double() - truth.double(), truth.double()
-    if truth.dim() == 1:
-        return (difference.norm() / truth.norm().clamp(min=1e-30)).item()
-    scale = truth.norm(dim=-1).square().mean().sqrt().clamp(min=1e-30)
-    return (difference.norm(dim=-1).max() / scale).item()
+
+def token_errors(found: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """The 2-norm of the error of each token (row), over that of its truth, or over the root mean square of all if that
+    is larger. A tensor of one dimension is one row."""
+    norms = truth.double().norm(dim=-1)
+    typical = norms.square().mean().sqrt().clamp(min=1e-30)
+    return (found.double() - truth.double()).norm(dim=-1) / torch.maximum(norms, typical)
