@@ -10,8 +10,8 @@ from transnormer_hf.model.reference_transnormer import attention_metadata
 
 from .rows import DTYPES, FAIL, OK, Recorder, token_errors, worst_error
 
-# Of `worst_error`. Rounding of results and of the operands of products leaves a fraction of these.
-LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 3e-2}
+# Of `worst_error`. To round the results alone costs 3e-4 in float16 and 3e-3 in bfloat16.
+LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 2e-2}
 # theta's gradient sums numbers of both signs, each multiplied by its position
 THETA_FACTOR = 5
 # The gradient of relu jumps where a score is zero, and rounding puts a few scores on the other side: then the median
@@ -148,7 +148,7 @@ def compare(
             results["output"] = results["output"].masked_fill(~mask.bool()[:, None, :, None], 0)
         for key, result in results.items():
             if key not in upstream:
-                upstream[key] = torch.randn(result.shape, generator=generator).to(result.device)
+                upstream[key] = torch.randn(result.shape, generator=generator).to(result)  # rounded once, for both
         gradients = torch.autograd.grad(
             list(results.values()), list(inputs.values()), [upstream[key].to(t.dtype) for key, t in results.items()]
         )

@@ -3,9 +3,10 @@
     PYTHONPATH=src:scripts python -m gpu_checks.without_gpu
 
 Calls of the ops in bfloat16 go through the real launcher, which compiles as it would for an H100; only the last step,
-the launch itself, does nothing. Prints tables in Markdown: what each kernel takes, how many programs its launches have,
-and what a call costs the host. Registers, stack and instructions are read from the binary by cuobjdump, which triton
-brings.
+the launch itself, does nothing. Prints two tables in Markdown. One has for each launch, at two shapes: programs ·
+programs that fit onto a multiprocessor at a time · registers of a thread · bytes of stack, where registers are spilled
+to · KiB of shared memory · asynchronous copies in the code. The other has what a call costs the host. Registers, stack
+and code are those of the binary, by cuobjdump, which triton brings.
 """
 
 import os
@@ -133,25 +134,25 @@ def always_sm_90(tensor: torch.Tensor) -> str:
 
 
 def print_launches(fake: Driver) -> None:
-    print("| shape | op | pass | kernel | programs | registers | stack | shared KiB | async copies | programs per SM |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    """A row for each launch, with both shapes side by side."""
+    rows: dict[tuple[str, str, int], list[str]] = {}
     for shape in SHAPES:
         leaves = [tensor.requires_grad_() for tensor in make_inputs(shape, torch.device("cpu"), torch.bfloat16)]
         for what, run in ops(shape.head_dim).items():
             fake.launches.clear()
             output = run(*leaves)
-            forward = list(fake.launches)
-            fake.launches.clear()
+            forward = len(fake.launches)
             torch.autograd.grad(output, leaves, torch.zeros_like(output), allow_unused=True)
-            for direction, launches in (("forward", forward), ("backward", fake.launches)):
-                for function, programs in launches:
-                    kernel = fake.binaries[function]
-                    resident = min(kernel.per_multiprocessor, -(-programs // MULTIPROCESSORS))
-                    print(
-                        f"| {shape.name} | {what} | {direction} | {kernel.name} | {programs:,} | {kernel.registers} "
-                        f"| {kernel.stack_bytes} | {kernel.shared_bytes / 1024:.1f} | {kernel.async_copies} "
-                        f"| {resident} of {kernel.per_multiprocessor} |"
-                    )
+            for number, (function, programs) in enumerate(fake.launches):
+                kernel = fake.binaries[function]
+                row = rows.setdefault((what, "forward" if number < forward else "backward", number), [kernel.name])
+                row.append(
+                    f"{programs:,} · {kernel.per_multiprocessor} · {kernel.registers} · {kernel.stack_bytes} · "
+                    f"{kernel.shared_bytes / 1024:.0f} · {kernel.async_copies}"
+                )
+    print(f"| op | pass | kernel | {' | '.join(shape.name for shape in SHAPES)} |\n|---|---|---|---|---|")
+    for (what, direction, _), cells in rows.items():
+        print(f"| {what} | {direction} | {' | '.join(cells)} |")
 
 
 def print_host_times(fake: Driver) -> None:
