@@ -4,7 +4,8 @@
     PYTHONPATH=src python scripts/check_gpu.py --tiny    # on a CPU, in Triton's interpreter: to see that it runs
 
 Nobody has run these kernels on a GPU yet. Please send us the report, check_gpu.json, whatever is in it: open an issue
-and attach it. It names the card and the versions of what is installed, and nothing else of the machine.
+and attach it. Of the machine it names the card, the number of cores and the releases of what is installed; messages of
+errors may have paths in them.
 
 Parts: machine (what it is, bandwidth of a copy), correctness (forward and gradients of every op against the definition
 in float64), hardware (what an interpreter cannot show: rounding over 64k tokens, waits of the host, unwritten memory,
@@ -74,7 +75,7 @@ PARTS = {
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     started = time.monotonic()
-    report: dict[str, Any] = {"arguments": sys.argv[1:], "parts": {}, "rows": []}
+    report: dict[str, Any] = {"tiny": options.tiny, "minutes": options.minutes, "parts": {}, "rows": []}
     share_so_far = 0.0
     for name in options.parts:
         part = PARTS[name]

@@ -3,7 +3,11 @@
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import torch
 import check_gpu
 from gpu_checks import correctness, goals, hardware
 from gpu_checks.rows import FAIL, MEASURED, OK, SKIPPED, Recorder, worst_error
+from kernel_registry import diag, norm
 
 STATUSES = {OK, FAIL, SKIPPED, MEASURED}
 
@@ -249,8 +254,6 @@ def test_goals_say_what_was_reached():
 
 def test_waits_are_counted(monkeypatch):
     """By torch's own warnings, which need a GPU: here they are given by hand."""
-    import warnings
-
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     modes = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
@@ -291,3 +294,27 @@ def test_without_a_gpu_it_says_what_works(capsys):
     with pytest.raises(SystemExit):
         check_gpu.main([])
     assert "torch sees no GPU here; --tiny runs on the CPU" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_launches_without_a_gpu():
+    """Each fills the 132 multiprocessors of an H100, and spills next to nothing."""
+    root = Path(check_gpu.__file__).parents[1]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}  # it turns that off
+    command = [sys.executable, "-m", "gpu_checks.without_gpu"]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert process.returncode == 0, process.stderr[-2000:]
+    lines = [line.strip("| ").split(" | ") for line in process.stdout.splitlines() if line.startswith("|")]
+    launches = [line for line in lines if "·" in line[-1]]
+    kernels = {line[2] for line in launches}
+    assert kernels == {spec.function.__name__ for spec in [*norm.KERNELS, *diag.KERNELS]}
+    for *_, first, second in launches:
+        for cell in (first, second):
+            programs, at_once, registers, stack, *_ = (int(number.replace(",", "")) for number in cell.split(" · "))
+            assert programs >= 132
+            assert at_once >= 1
+            assert 0 < registers <= 255
+            assert stack <= 8
+    host = {line[0]: line[1:] for line in lines if len(line) == 5 and line[1].isdecimal()}
+    assert host["norm_attention, causal"][:2] == host["norm_attention, bidirectional"][:2] == ["3", "3"]
+    assert all(float(number) > 0 for _, _, *times in host.values() for number in times)
