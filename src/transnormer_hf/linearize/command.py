@@ -47,6 +47,11 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = {"trained": "attention_transfer.pt", "joint": "joint_distillation.pt"}
 # What a sentence encoder of sentence-transformers has beside the model; modules.json names further folders.
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+POOLING_MODES = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "first",
+    "pooling_mode_lasttoken": "last",
+}
 SCALE_TOKENS = 4096  # from which the scale of the output projections is computed
 
 
@@ -436,9 +441,11 @@ def linearize(argv: Sequence[str] | None = None) -> dict[str, Any]:
         results["long"] = {"tokens": len(row), **compare(teacher, student, TextBatches([row], 1, padding, device))}
 
     with new_folder(output_dir) as folder:
+        pooling = copy_sentence_encoder(source_args, folder)
+        if pooling is not None and student.base_model is student:  # of a head to come
+            student.config.pooling = pooling
         student.cpu().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        copy_sentence_encoder(source_args, folder)
         results = update_results(folder, results)
         card = build_linearized_card(
             folder,
@@ -457,27 +464,34 @@ def linearize(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def copy_sentence_encoder(args: SourceArguments, folder: Path) -> None:
-    """Copy what makes a sentence encoder of a model (sentence-transformers): its pooling and other modules, if any."""
+def copy_sentence_encoder(args: SourceArguments, folder: Path) -> str | None:
+    """Copy what makes a sentence encoder of a model (sentence-transformers): its pooling and other modules, if any.
+
+    Returns:
+        The value of the configuration's `pooling` that does what its pooling does, None where there is none.
+    """
     source = Path(args.model_name_or_path)
     if not source.is_dir():
-        names = [*SENTENCE_ENCODER, "[0-9]*_*/*"]
         try:
-            options = {**args.hub_options, "allow_patterns": names}
-            source = Path(snapshot_download(args.model_name_or_path, **options))
+            patterns = [*SENTENCE_ENCODER, "[0-9]*_*/*"]
+            source = Path(snapshot_download(args.model_name_or_path, allow_patterns=patterns, **args.hub_options))
         except (OSError, HfHubHTTPError):  # offline, with the model in the cache
-            return
+            return None
     if not (source / "modules.json").is_file():
-        return
-    for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
-        name = Path(
-            module["path"]
-        ).name  # "" for the model itself; some modules, such as a normalisation, have no files
-        if name and (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
+        return None
     for name in SENTENCE_ENCODER:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    poolings = []
+    for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
+        name = Path(module["path"]).name  # "" for the model itself; some modules, such as a normalisation, have no files
+        if not name or not (source / name).is_dir():
+            continue
+        shutil.copytree(source / name, folder / name)
+        if name.endswith("_Pooling"):
+            modes = json.loads((source / name / "config.json").read_text(encoding="utf-8"))
+            poolings += [pooling for mode, pooling in POOLING_MODES.items() if modes.get(mode)]
+    return poolings[0] if len(poolings) == 1 else None
 
 
 def license_of(args: SourceArguments) -> str | None:
