@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from transformers import BertTokenizerFast, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from transnormer_hf import TransNormerConfig, TransNormerForCausalLM
+from transnormer_hf.model.modeling_transnormer import TransNormerAttention, TransNormerLRPE
 from transnormer_hf.training.checkpoints import is_whole_checkpoint, last_whole_checkpoint
 from transnormer_hf.training.fine_tuning import CardTrainer, TrainingClock
 
@@ -140,6 +141,26 @@ def test_two_processes_give_the_losses_and_the_model_of_one(tmp_path, config, va
         sizes = [rank["local_parameters"] for rank in ranks]
         assert max(sizes) < 0.7 * whole.num_parameters()
         check_sharded_checkpoint(tmp_path, whole)
+
+
+def dtypes_in_training(folder: Path) -> tuple[set[torch.dtype], set[torch.dtype]]:
+    """Of LRPE's theta and of the queries."""
+    thetas, queries = set(), set()
+    trainer = make_trainer(folder, "t2", 1, 1, 0.0, [])
+    for module in trainer.model.modules():
+        if isinstance(module, TransNormerLRPE):
+            module.register_forward_hook(lambda module, inputs, lrpe: thetas.add(lrpe.theta.dtype))
+        if isinstance(module, TransNormerAttention):
+            module.q_proj.register_forward_hook(lambda module, inputs, query: queries.add(query.dtype))
+    trainer.train()
+    return thetas, queries
+
+
+@needs_fsdp2
+def test_fsdp_in_bfloat16_computes_in_it_and_does_not_round_the_angles(tmp_path):
+    env = environment_of("fsdp2.yaml") | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    for thetas, queries in run_ranks(dtypes_in_training, 2, tmp_path, env=env):
+        assert (thetas, queries) == ({torch.float32}, {torch.bfloat16})
 
 
 def check_sharded_checkpoint(tmp_path: Path, whole: TransNormerForCausalLM) -> None:

@@ -134,7 +134,8 @@ class TransNormerLRPE(nn.Module):
         if self.theta.itemsize < 4:
             logger.warning_once(
                 f"LRPE's theta is {self.theta.dtype} here: its rounding grows with the position, and long texts come "
-                "out wrong. Leave modules named 'lrpe' out of mixed precision (FSDP: fsdp_ignored_modules='.*lrpe')."
+                "out wrong. Keep the parameters float32 and let autocast compute in half precision (FSDP: a "
+                "MixedPrecisionPolicy with param_dtype=torch.float32, as this package's Trainer sets it)."
             )
         return LRPE(self.theta, self.householder)
 
@@ -226,16 +227,9 @@ class TransNormerNormAttention(TransNormerAttention):
         if value.dtype == torch.float16:  # sums over a long context leave its range before the norm brings them back
             query, key, value = query.float(), key.float(), value.float()
         past = None if state is None or state.tokens.is_prefill else state.past["state"]
+        options = self.options | {"lrpe": lrpe, "metadata": metadata, "backend": self.config.backend}
         output, new_state = norm_attention(
-            query,
-            key,
-            value,
-            **self.options,
-            lrpe=lrpe,
-            initial_state=past,
-            return_state=state is not None,
-            backend=self.config.backend,
-            metadata=metadata,
+            query, key, value, **options, initial_state=past, return_state=state is not None
         )
         if state is not None:
             if state.tokens.is_recorded:  # the state may have to be built anew from these
@@ -267,37 +261,28 @@ class TransNormerDiagAttention(TransNormerAttention):
 
     def __init__(self, config: TransNormerConfig, has_norm: bool | None = None):
         super().__init__(config, has_norm=config.diag_activation == "relu" if has_norm is None else has_norm)
-        self.options: dict[str, Any] = {
-            "block_size": config.block_size,
-            "causal": config.is_causal,
-            "activation": config.diag_activation,
-            "scale": config.head_dim**-0.5,
-        }
+        self.options: dict[str, Any] = {"causal": config.is_causal, "scale": config.head_dim**-0.5}
+        self.options |= {"block_size": config.block_size, "activation": config.diag_activation}
         self.dropout_p = config.attention_probs_dropout_prob
 
     def attend(self, query, key, value, metadata, lrpe, state):
-        options = self.options | {"dropout_p": self.dropout_p if self.training else 0.0}
+        dropout_p = self.dropout_p if self.training else 0.0
+        options = self.options | {"dropout_p": dropout_p, "backend": self.config.backend}
         if state is None:
-            return diag_attention(
-                query, key, value, **options, lrpe=lrpe, metadata=metadata, backend=self.config.backend
-            )
+            return diag_attention(query, key, value, **options, lrpe=lrpe, metadata=metadata)
 
         # A state holds rotated keys, so that a later query meets them as they are.
         query, key = self.rotate(query, key, metadata, lrpe)
         value = value.to(key.dtype)
         if state.tokens.is_prefill:
-            output = diag_attention(query, key, value, **options, metadata=metadata, backend=self.config.backend)
+            output = diag_attention(query, key, value, **options, metadata=metadata)
         else:  # the blocks of the new tokens begin with what the state holds
             block_size = self.config.block_size
             past_key, past_value = state.past_block()
-            output = diag_attention(
-                nn.functional.pad(query, (0, 0, block_size, 0)),
-                torch.cat((past_key, key), 2),
-                torch.cat((past_value, value), 2),
-                **options,
-                metadata=state.tokens.with_past,
-                backend=self.config.backend,
-            )[:, :, block_size:]
+            padded_query = nn.functional.pad(query, (0, 0, block_size, 0))
+            keys, values = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
+            output = diag_attention(padded_query, keys, values, **options, metadata=state.tokens.with_past)
+            output = output[:, :, block_size:]
         state.append(key, value)
         return output
 
@@ -353,15 +338,9 @@ class TransNormerFullAttention(TransNormerDiagAttention):
             state.append(key, value)
             key, value = state.with_new("keys", key), state.with_new("values", value)
             visible = state.tokens.visible_keys
-        return nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=visible,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            is_causal=self.options["causal"] and visible is None,
-            scale=self.options["scale"],
-        )
+        options = {"is_causal": self.options["causal"] and visible is None, "scale": self.options["scale"]}
+        dropout_p = self.dropout_p if self.training else 0.0
+        return nn.functional.scaled_dot_product_attention(query, key, value, visible, dropout_p, **options)
 
     step = attend
 
@@ -771,14 +750,9 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
         cache (`Cache`, *optional*):
             The name of `past_key_values` since transformers 5.24; either may be given on any release.
         """
+        cache = given_cache(past_key_values, cache)
         outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            cache=given_cache(past_key_values, cache),
-            **kwargs,
+            input_ids, attention_mask, position_ids, cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (batch, kept, vocab_size)
@@ -791,13 +765,8 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
                 " wrong: transformers shifts the labels only for the causal models that it knows by name. Use"
                 " transnormer_hf.training.fine_tuning.CardTrainer, or a compute_loss_func."
             )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE_NAME: outputs.get(CACHE_NAME)},
-        )
+        kept_outputs = {name: outputs.get(name) for name in (CACHE_NAME, "hidden_states", "attentions")}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **kept_outputs)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -915,10 +884,10 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
     ) -> MaskedLMOutput:
         outputs = self.model(
             input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
+            attention_mask,
+            position_ids,
             inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)  # (batch, seq, vocab_size)
@@ -993,13 +962,9 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids,
             **kwargs | {"use_cache": False},
-        )
+        )  # fmt: skip
         pooled = pool(outputs.last_hidden_state, attention_mask, self.config.pooling)  # (batch, hidden_size)
         logits = self.classifier(pooled)  # (batch, num_labels)
         loss = None
@@ -1037,13 +1002,9 @@ class TransNormerForTokenClassification(TransNormerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids,
             **kwargs | {"use_cache": False},
-        )
+        )  # fmt: skip
         logits = self.classifier(self.dropout(outputs.last_hidden_state))  # (batch, seq, num_labels)
         loss = None
         if labels is not None:
@@ -1075,13 +1036,9 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids,
             **kwargs | {"use_cache": False},
-        )
+        )  # fmt: skip
         logits = self.qa_outputs(outputs.last_hidden_state)  # (batch, seq, 2)
         start_logits, end_logits = (half.contiguous() for half in logits.unbind(-1))  # (batch, seq)
         loss = None
@@ -1091,13 +1048,8 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
                 # the same weight, however many of a micro-batch have their answer outside of the text.
                 kwargs.setdefault("num_items_in_batch", start_positions.numel())
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        kept_outputs = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **kept_outputs)
 
 
 @auto_docstring
@@ -1127,13 +1079,9 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
             for tensor in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
         outputs = self.model(
-            flat_ids,
-            attention_mask=flat_mask,
-            token_type_ids=flat_types,
-            position_ids=flat_positions,
-            inputs_embeds=flat_embeds,
+            flat_ids, flat_mask, flat_positions, inputs_embeds=flat_embeds, token_type_ids=flat_types,
             **kwargs | {"use_cache": False},
-        )
+        )  # fmt: skip
         pooled = pool(outputs.last_hidden_state, flat_mask, self.config.pooling)
         logits = self.classifier(pooled).view(-1, num_choices)  # (batch, choices)
         loss = None

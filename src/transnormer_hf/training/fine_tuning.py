@@ -14,7 +14,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from transformers import (
     set_seed,
 )
 
+from ..model.modeling_transnormer import TransNormerLRPE
 from .checkpoints import is_whole_checkpoint, last_whole_checkpoint
 from .files import write_atomically
 from .losses import next_token_loss
@@ -448,8 +450,9 @@ def set_up_logging(script: str, training_args: TrainingArguments) -> None:
 class CardTrainer(Trainer):
     """A Trainer whose model card is this project's, so that `push_to_hub` uploads it and not a draft.
 
-    On several processes a checkpoint is whole when its last file is there, and the model is saved whole. Every row of
-    an evaluation is looked at, and `label_smoothing_factor` holds for every loss or is refused.
+    On several processes a checkpoint is whole when its last file is there, and the model is saved whole. With FSDP in
+    mixed precision parameters are gathered in float32, for LRPE's sake. Every row of an evaluation is looked at, and
+    `label_smoothing_factor` holds for every loss or is refused.
     """
 
     card: str | None = None
@@ -457,6 +460,11 @@ class CardTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        has_lrpe = any(isinstance(module, TransNormerLRPE) for module in self.model.modules())
+        self.is_autocast_by_us = has_lrpe and plugin is not None and plugin.mixed_precision_policy is not None
+        if self.is_autocast_by_us:  # parameters gathered in half precision would round LRPE's angles
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, param_dtype=torch.float32)
         smoothing, loss = self.args.label_smoothing_factor, self.compute_loss_func
         if smoothing and loss is None and getattr(self.model, "loss_type", None) == "ForCausalLM":
             loss = next_token_loss  # the Trainer shifts labels only for the classes that it knows by name
@@ -472,6 +480,12 @@ class CardTrainer(Trainer):
             loss = partial(loss, label_smoothing=smoothing)
         self.compute_loss_func = loss
         self.model_accepts_loss_kwargs = False  # the count of labels is for the loss, and the model computes none
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """Autocast where FSDP does not cast the parameters; elsewhere accelerate has it in the model's forward."""
+        if self.is_autocast_by_us:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """A loader of the rows that were given; the Trainer's, with persistent workers, is that of its first call."""
