@@ -484,7 +484,9 @@ def copy_sentence_encoder(args: SourceArguments, folder: Path) -> str | None:
             shutil.copyfile(source / name, folder / name)
     poolings = []
     for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
-        name = Path(module["path"]).name  # "" for the model itself; some modules, such as a normalisation, have no files
+        name = Path(
+            module["path"]
+        ).name  # "" for the model itself; some modules, such as a normalisation, have no files
         if not name or not (source / name).is_dir():
             continue
         shutil.copytree(source / name, folder / name)
@@ -522,7 +524,11 @@ def describe_results(results: Mapping[str, Any], layer_types: Sequence[str]) -> 
     columns = {"hidden_states": "error of the last hidden states", "perplexity": "perplexity"}
     columns = {measure: title for measure, title in columns.items() if measure in whole["teacher"]}
     students = [
-        [title, *(f"{whole[step][measure]:.4g}" for measure in columns), f"{minutes.get(step, 0):.1f}"]
+        [
+            title,
+            *(f"{whole[step][measure]:.4g}" for measure in columns),
+            f"{minutes[step]:.1f}" if step in minutes else "",
+        ]
         for step, title in STEPS.items()
         if step in whole
     ]
@@ -559,7 +565,7 @@ def describe_measures(results: Mapping[str, Any], source: str, max_seq_length: i
 def describe_learning(results: Mapping[str, Any], texts: TextArguments, args: LearningArguments) -> dict[str, Any]:
     """What it takes to repeat the run, by the names of the command line."""
     steps = results["steps"]
-    table = {
+    return {
         "max_steps": steps.get("trained", 0),
         "learning_rate": args.learning_rate,
         "joint_steps": steps.get("joint", 0),
@@ -570,4 +576,3 @@ def describe_learning(results: Mapping[str, Any], texts: TextArguments, args: Le
         "max_seq_length": texts.max_seq_length,
         "seed": args.seed,
     }
-    return table
