@@ -42,7 +42,7 @@ def _variants(kernel: Any) -> Callable[[str, str, int], Iterator[KernelVariant]]
         if head_dim > MAX_HEAD_DIM:
             return
         for use in _USES:
-            constexprs = diag_constants(target, dtype, head_dim, use.relu) | {"CAUSAL": use.causal, "RELU": use.relu}
+            constexprs = diag_constants(target, dtype, head_dim) | {"CAUSAL": use.causal, "RELU": use.relu}
             types: dict[str, str | None] = {f"{tensor}_ptr": f"*{dtype}" for tensor in _INPUTS}
             types |= dict.fromkeys(("theta_ptr", "householder_ptr", "theta_grad_ptr"), "*fp32" if use.lrpe else None)
             types |= {"positions_ptr": "*i64", "scale": "fp32", "dropout_p": "fp32"}

@@ -269,7 +269,7 @@ def test_crop_can_go_back_behind_an_earlier_crop():
     seen = cache.get_seq_length()
     assert seen == 200 + 5 - 5 - 20 + 3 + 2 - 30 + 150 + 1 - 60
     torch.testing.assert_close(run(model, input_ids, cache, chunks=[4]), expected[:, seen : seen + 4])
-    recorded = sum(columns.shape[1] for _, columns in cache.layers[0].progress.history)
+    recorded = sum(columns.shape[1] for *_, columns in cache.layers[0].progress.history)
     assert recorded < 150, "what can no longer be asked for is let go"
 
 

@@ -454,7 +454,7 @@ def test_opcheck_of_backward(needs_theta):
     ]
     torch.library.opcheck(
         _diag_attention.backward_operator,
-        (torch.randn(2, 1, 9, 16), *arguments, needs_theta),
+        (needs_theta, torch.randn(2, 1, 9, 16), *arguments),
         test_utils=("test_schema", "test_faketensor"),
     )
 

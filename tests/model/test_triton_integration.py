@@ -18,7 +18,7 @@ from kernel_registry.registry import compile_arguments
 from transnormer_hf import TransNormerConfig, TransNormerForCausalLM, TransNormerForMaskedLM
 from transnormer_hf.model import triton_common_transnormer, triton_norm_transnormer
 from transnormer_hf.model.ops_transnormer import diag_attention, norm_attention
-from transnormer_hf.model.reference_transnormer import LRPE
+from transnormer_hf.model.reference_transnormer import LRPE, AttentionMetadata
 from transnormer_hf.model.triton_common_transnormer import _rms_norm
 from transnormer_hf.model.triton_diag_transnormer import _diag_attention
 from transnormer_hf.model.triton_norm_transnormer import _norm_attention, segment_table
@@ -72,7 +72,7 @@ def test_opcheck_norm_attention(kind, causal):
     *inputs, state, causal, feature_map = arguments
     detached = [tensor if tensor is None else tensor.detach() for tensor in inputs]
     final_grad = None if state is None else torch.randn_like(final)
-    arguments = (torch.randn_like(output), final_grad, *detached, final, states, causal, feature_map)
+    arguments = (torch.randn_like(output), final_grad, final, states, *detached, None, causal, feature_map)
     torch.library.opcheck(_norm_attention.backward_operator, arguments)
 
 
@@ -279,7 +279,7 @@ def test_copies_of_the_package_have_operators_of_their_own():
         assert before not in copy._norm_attention.operator._qualname
         assert copy._norm_attention.operator._qualname != _norm_attention.operator._qualname
         (query, key, value), _ = make_inputs(1, 5)
-        metadata = copy.AttentionMetadata(torch.arange(5))
+        metadata = AttentionMetadata(torch.arange(5))
         options = {"causal": True, "feature_map": "elu", "lrpe": None, "initial_state": None, "return_state": False}
         output, _ = copy.triton_norm_attention(query, key, value, metadata=metadata, **options)
         expected, _ = norm_attention(query, key, value, causal=True, feature_map="elu", backend="triton")

@@ -78,46 +78,80 @@ class NewTokens(NamedTuple):
     key_columns: torch.Tensor | None = None
 
 
-class Progress:
+class Recorded:
+    """Tensors with one row per sequence, and what `crop` needs to take tokens back while it records.
+
+    history: of the recorded tokens, tensors with one row per sequence. base: the tensors before these tokens.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.history: list[tuple[torch.Tensor, ...]] = []
+        self.base: dict[str, torch.Tensor] = {}
+
+    def begin_history(self, is_recording: bool) -> None:
+        self.history, self.base = [], _clone(self.tensors) if is_recording else {}
+
+    def restore_base(self) -> None:
+        """Back to the tensors before the recorded tokens: in place, apart from what has grown; zeros if none came."""
+        for name, tensor in self.tensors.items():
+            if self.base and self.base[name].shape != tensor.shape:
+                self.tensors[name] = self.base[name].clone()
+            else:
+                tensor.copy_(self.base[name]) if self.base else tensor.zero_()
+        self.history, self.base = [], {}
+
+    def reset(self) -> None:
+        self.history, self.base = [], {}
+        for tensor in self.tensors.values():
+            tensor.zero_()
+
+    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies an indexing function to everything that has one row per sequence."""
+        self.tensors, self.base = _map(change, self.tensors), _map(change, self.base)
+        self.history = [tuple(map(change, recorded)) for recorded in self.history]
+
+
+class Progress(Recorded):
     """How far each row of the batch has come; one object, shared by all layers of a cache.
 
     seen: number of columns so far, padding included: a tensor, because a compiled step would specialise on a number.
-    rows: "lengths" (batch,), positions taken by each row; by slot of the current block (batch, block_size + 1),
+    tensors: "lengths" (batch,), positions taken by each row; by slot of the current block (batch, block_size + 1),
         "is_filled", see `NewTokens.visible`, and "columns", where in the text the token stands; and for the keys of
         full attention (batch, keys), "key_positions" from 1 on, 0 where no real token stands, and "key_columns".
+    history: positions, which of them are real, and columns, (batch, seq) each.
     block_size: None in a model without DiagAttention. capacity: number of keys that full attention has room for, 0 if
         it grows, None in a model without.
     """
 
     def __init__(self, block_size: int | None, capacity: int | None = None) -> None:
+        super().__init__()
         self.block_size, self.capacity = block_size, capacity
         self.has_begun = False
+        self.is_contiguous = True  # of all recorded tokens
         self.seen = _zeros(dtype=torch.long, device=torch.device("cpu"))
-        self.rows: dict[str, torch.Tensor] = {}
-        self.history: list[tuple[AttentionMetadata, torch.Tensor]] = []  # of the recorded tokens, and their columns
-        self.base: dict[str, torch.Tensor] = {}  # rows as they were before the recorded tokens
         self.rollback: Rollback | None = None
 
     @property
     def batch_size(self) -> int:
         """Number of rows, -1 before the first token."""
-        return self.rows["lengths"].shape[0] if self.rows else -1
+        return self.tensors["lengths"].shape[0] if self.tensors else -1
 
     @property
     def lengths(self) -> torch.Tensor | int:
         """(batch,) positions taken by each row, 0 before the first token."""
-        return self.rows["lengths"] if self.has_begun else 0
+        return self.tensors["lengths"] if self.has_begun else 0
 
     def allocate(self, batch_size: int, device: torch.device) -> None:
         self.seen = self.seen.to(device)
-        if not self.rows:
-            self.rows["lengths"] = _zeros(batch_size, dtype=torch.long, device=device)
+        if not self.tensors:
+            self.tensors["lengths"] = _zeros(batch_size, dtype=torch.long, device=device)
             if self.block_size is not None:
-                self.rows["is_filled"] = _zeros(batch_size, self.block_size + 1, dtype=torch.bool, device=device)
-                self.rows["columns"] = _zeros(batch_size, self.block_size + 1, dtype=torch.long, device=device)
+                self.tensors["is_filled"] = _zeros(batch_size, self.block_size + 1, dtype=torch.bool, device=device)
+                self.tensors["columns"] = _zeros(batch_size, self.block_size + 1, dtype=torch.long, device=device)
             if self.capacity is not None:
                 for name in ("key_positions", "key_columns"):
-                    self.rows[name] = _zeros(batch_size, self.capacity, dtype=torch.long, device=device)
+                    self.tensors[name] = _zeros(batch_size, self.capacity, dtype=torch.long, device=device)
 
     def advance(self, metadata: AttentionMetadata, is_recorded: bool, columns: torch.Tensor | None = None) -> NewTokens:
         """Moves every row past these tokens and says where they go. columns: (batch, seq), of the text."""
@@ -126,7 +160,8 @@ class Progress:
             here = torch.arange(positions.shape[1], device=positions.device)
             columns = self.seen + (here.expand_as(positions) if metadata.order is None else metadata.order)
         if is_recorded:
-            self.history.append((metadata, columns))
+            self.is_contiguous = metadata.is_contiguous and (self.is_contiguous or not self.history)
+            self.history.append((positions, _real_columns(metadata), columns))
         has_grad = torch.is_grad_enabled()
         is_step = self.has_begun and positions.shape[1] == 1 and not has_grad
         tokens = NewTokens(metadata, not self.has_begun, is_step, is_recorded, has_grad, seen=self.seen)
@@ -134,14 +169,14 @@ class Progress:
             tokens = self._assign_slots(tokens, self.block_size, columns)
         if self.capacity is not None:
             tokens = self._show_keys(tokens, self.capacity, columns)
-        self.rows["lengths"].copy_(self._length_after(metadata))
+        self.tensors["lengths"].copy_(self._length_after(metadata))
         self.seen.add_(positions.shape[1])
         self.has_begun = True
         return tokens
 
     def _assign_slots(self, tokens: NewTokens, block_size: int, columns: torch.Tensor) -> NewTokens:
         """Finds the slot of each token in the current block of its row, and moves on to that block."""
-        metadata, is_filled, lengths = tokens.metadata, self.rows["is_filled"], self.rows["lengths"][:, None]
+        metadata, is_filled, lengths = tokens.metadata, self.tensors["is_filled"], self.tensors["lengths"][:, None]
         positions, is_real = metadata.positions, metadata.is_real
         last = lengths - 1  # (batch, 1) position before the new tokens
         block_start = last - last % block_size
@@ -152,7 +187,7 @@ class Progress:
             past_slots = past.clamp(min=0)
             is_visible = torch.cat(((past >= 0) & is_filled.gather(1, past_slots), _real_columns(metadata)), 1)
             with_past = metadata._replace(positions=torch.cat((past, within), 1), is_real=is_visible)
-            of_keys = torch.cat((self.rows["columns"].gather(1, past_slots), columns), 1)
+            of_keys = torch.cat((self.tensors["columns"].gather(1, past_slots), columns), 1)
             tokens = tokens._replace(past_slots=past_slots, with_past=with_past, columns=of_keys)
 
         end = self._length_after(metadata)[:, None]  # (batch, 1)
@@ -165,12 +200,12 @@ class Progress:
             is_inside = is_inside & is_real
         slots = torch.where(is_inside, positions - start, block_size)
         is_filled.logical_and_(block_start == start).scatter_(1, slots, is_inside)
-        self.rows["columns"].scatter_(1, slots, columns)
+        self.tensors["columns"].scatter_(1, slots, columns)
         visible = is_filled
         if is_real is not None:  # a padding token may see nothing: it gets the last slot, not NaN
             visible = torch.cat((is_filled[:, :-1], ~is_filled.any(1, keepdim=True)), 1)
         if tokens.is_step:
-            tokens = tokens._replace(columns=self.rows["columns"])
+            tokens = tokens._replace(columns=self.tensors["columns"])
         return tokens._replace(slots=slots, visible=visible[:, None, None, :])
 
     def _show_keys(self, tokens: NewTokens, capacity: int, columns: torch.Tensor) -> NewTokens:
@@ -181,10 +216,10 @@ class Progress:
         new = {"key_positions": key_positions, "key_columns": columns}
         for name, tensor in new.items():
             if capacity:
-                self.rows[name].index_copy_(1, slots, tensor)
+                self.tensors[name].index_copy_(1, slots, tensor)
             else:
-                self.rows[name] = torch.cat((self.rows[name], tensor), 1)
-        keys = new if tokens.is_prefill else self.rows
+                self.tensors[name] = torch.cat((self.tensors[name], tensor), 1)
+        keys = new if tokens.is_prefill else self.tensors
         visible = None
         if not tokens.is_prefill or is_real is not None:
             of_keys = keys["key_positions"][:, None, None, :]  # (batch, 1, 1, keys)
@@ -197,7 +232,7 @@ class Progress:
         if metadata.is_contiguous:
             return (metadata.positions[:, -1] + 1).clamp(min=0)
         ends = (metadata.positions + 1).masked_fill(~metadata.is_real, 0).amax(1)
-        return torch.maximum(self.rows["lengths"], ends)
+        return torch.maximum(self.tensors["lengths"], ends)
 
     # Taking tokens back
 
@@ -210,7 +245,7 @@ class Progress:
         Raises RuntimeError if these tokens were not recorded.
         """
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(int(self.seen) - tokens_to_remove, 0)
-        recorded = sum(columns.shape[1] for _, columns in self.history)
+        recorded = sum(columns.shape[1] for *_, columns in self.history)
         if count > recorded:
             raise RuntimeError(
                 f"crop({tokens_to_remove}) cannot take back {count} of {int(self.seen)} tokens: the last {recorded} "
@@ -221,13 +256,10 @@ class Progress:
         self.rollback = None
         if not count and settled < RETAINED_TOKENS:
             return
-        positions = torch.cat([metadata.positions for metadata, _ in self.history], 1)
-        is_real = torch.cat([_real_columns(metadata) for metadata, _ in self.history], 1)
-        of_text = torch.cat([columns for _, columns in self.history], 1)
-        is_contiguous = all(metadata.is_contiguous for metadata, _ in self.history)
-        _restore(self.rows, self.base)
+        positions, is_real, of_text = (torch.cat(parts, 1) for parts in zip(*self.history, strict=True))
+        is_contiguous = self.is_contiguous
+        self.restore_base()
         self.seen.sub_(recorded)
-        self.history, self.base = [], {}
         num_columns, replays = int(self.seen) + kept, []
         for part in (slice(settled), slice(settled, kept)):
             metadata = AttentionMetadata(positions[:, part], is_real[:, part], is_contiguous=is_contiguous)
@@ -235,29 +267,18 @@ class Progress:
                 continue
             is_recorded = part.stop == kept
             if is_recorded:
-                self.base = _clone(self.rows)
+                self.base = _clone(self.tensors)
             replays.append((part, self.advance(metadata, is_recorded, of_text[:, part])))
         self.rollback = Rollback(num_columns, replays)
 
     def reset(self) -> None:
+        super().reset()
         self.has_begun = False
         self.seen.zero_()
-        self.history, self.base = [], {}
-        for tensor in self.rows.values():
-            tensor.zero_()
         if self.capacity == 0:
-            self.rows |= {name: self.rows[name][:, :0] for name in ("key_positions", "key_columns") if self.rows}
-
-    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies an indexing function to everything that has one row per sequence."""
-        self.rows, self.base = _map(change, self.rows), _map(change, self.base)
-        self.history = [
-            (
-                metadata._replace(positions=change(metadata.positions), is_real=change(_real_columns(metadata))),
-                change(columns),
-            )
-            for metadata, columns in self.history
-        ]
+            self.tensors |= {
+                name: self.tensors[name][:, :0] for name in ("key_positions", "key_columns") if self.tensors
+            }
 
 
 class Rollback(NamedTuple):
@@ -267,11 +288,10 @@ class Rollback(NamedTuple):
     replays: list[tuple[slice, NewTokens]]
 
 
-class AttentionState:
-    """What one attention remembers: `tensors`, batch first, empty before the first token. Subclasses `allocate` them,
-    and `write` new keys and values to them.
+class AttentionState(Recorded):
+    """What one attention remembers: `tensors`, empty before the first token. Subclasses `allocate` them, and `write`
+    new keys and values to them; the history holds keys and values.
 
-    history: keys and values that `crop` may take back, while it records. base: the tensors before them.
     is_saved: True if autograd may have saved the tensors: they are then replaced, not overwritten.
     """
 
@@ -281,10 +301,8 @@ class AttentionState:
     capacity = 0  # of a static cache with full attention
 
     def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
+        super().__init__()
         self.is_saved = False
-        self.history: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.base: dict[str, torch.Tensor] = {}
 
     def append(
         self, key: torch.Tensor, value: torch.Tensor, tokens: NewTokens, new_state: torch.Tensor | None = None
@@ -314,8 +332,7 @@ class AttentionState:
     def roll_back(self, rollback: Rollback) -> None:
         self._detach_from_autograd()
         key, value = (torch.cat(parts, 2) for parts in zip(*self.history, strict=True))
-        _restore(self.tensors, self.base)
-        self.history, self.base = [], {}
+        self.restore_base()
         for columns, tokens in rollback.replays:
             if tokens.is_recorded:
                 self.base = _clone(self.tensors)
@@ -323,13 +340,7 @@ class AttentionState:
 
     def reset(self) -> None:
         self._detach_from_autograd()
-        self.history, self.base = [], {}
-        for tensor in self.tensors.values():
-            tensor.zero_()
-
-    def change_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.tensors, self.base = _map(change, self.tensors), _map(change, self.base)
-        self.history = [(change(key), change(value)) for key, value in self.history]
+        super().reset()
 
 
 class NormAttentionState(AttentionState):
@@ -482,7 +493,7 @@ class TransNormerCacheLayer(CacheLayerMixin):
         return " + ".join(type(state).__name__ for state in self.states)
 
     @property
-    def _parts(self) -> tuple[Progress | AttentionState, ...]:
+    def _parts(self) -> tuple[Recorded, ...]:
         return (self.progress, *self.states) if self.is_first else self.states
 
     def activate_past_recording(self) -> None:
@@ -622,7 +633,7 @@ class TransNormerCache(Cache):
         return [state for layer in self.layers for state in layer.states]
 
     def _tensors(self) -> list[dict[str, torch.Tensor]]:
-        return [self.layers[0].progress.rows, *(state.tensors for state in self.states)]
+        return [self.layers[0].progress.tensors, *(state.tensors for state in self.states)]
 
     def __repr__(self) -> str:
         size = sum(tensor.nbytes for tensors in self._tensors() for tensor in tensors.values())
@@ -686,10 +697,10 @@ class TransNormerCache(Cache):
                 index, name = key.split(".")
                 tensors[int(index)][name] = saved.get_tensor(key).clone()  # not a view of the file
         progress.has_begun = True
-        if progress.block_size is not None and "columns" not in progress.rows:  # of version 0.1.0
-            last, size = progress.rows["lengths"][:, None] - 1, progress.block_size
+        if progress.block_size is not None and "columns" not in progress.tensors:  # of version 0.1.0
+            last, size = progress.tensors["lengths"][:, None] - 1, progress.block_size
             of_slots = torch.arange(size + 1, device=last.device)
-            progress.rows["columns"] = (progress.seen - 1 - last % size + of_slots).clamp(min=0)
+            progress.tensors["columns"] = (progress.seen - 1 - last % size + of_slots).clamp(min=0)
         return cache
 
 
@@ -704,9 +715,9 @@ def receive(cache: Cache, metadata: AttentionMetadata, batch_size: int) -> list[
     states = [state for layer in cache.layers for state in layer.states]
     if not progress.has_begun:
         device = metadata.positions.device
-        if progress.rows and (progress.batch_size != batch_size or progress.seen.device != device):
-            for part in (progress.rows, *(state.tensors for state in states)):
-                part.clear()  # left by a reset, of another shape
+        if progress.tensors and (progress.batch_size != batch_size or progress.seen.device != device):
+            for part in (progress, *states):
+                part.tensors.clear()  # left by a reset, of another shape
         progress.allocate(batch_size, device)
     elif batch_size != progress.batch_size:
         raise ValueError(
@@ -715,15 +726,9 @@ def receive(cache: Cache, metadata: AttentionMetadata, batch_size: int) -> list[
         )
     is_recording = any(layer.record_past for layer in cache.layers)
     metadata = metadata._replace(positions=metadata.positions.expand(batch_size, -1))
-    if not is_recording:
-        progress.history, progress.base = [], {}
-        for state in states:
-            state.history, state.base = [], {}
-    else:
-        if not progress.history:
-            progress.base = _clone(progress.rows)
-            for state in states:
-                state.base = _clone(state.tensors)
+    if not is_recording or not progress.history:
+        for part in (progress, *states):
+            part.begin_history(is_recording)
     tokens = progress.advance(metadata, is_recording)
     updates = [tuple(StateUpdate(state, tokens) for state in layer.states) for layer in cache.layers]
     return [update if len(update) > 1 else update[0] for update in updates]
@@ -788,15 +793,6 @@ def _map(change: Callable[[torch.Tensor], torch.Tensor], tensors: dict[str, torc
 
 def _clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return _map(torch.clone, tensors)
-
-
-def _restore(tensors: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> None:
-    """In place, apart from what has grown meanwhile; an empty `base` stands for zeros."""
-    for name, tensor in tensors.items():
-        if base and base[name].shape != tensor.shape:
-            tensors[name] = base[name].clone()
-        else:
-            tensor.copy_(base[name]) if base else tensor.zero_()
 
 
 def _state_file(path: str | os.PathLike) -> Path:

@@ -46,6 +46,10 @@ CHOICES = {
     "initializer": ("normal", "xavier"),
     "backend": ("auto", "eager", "torch", "triton"),
 }
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "block_size",
+    "max_position_embeddings",
+)  # fmt: skip
 LAYER_TYPES = ("chunked_attention", "linear_attention", "hybrid", "full_attention")
 
 # Fields that follow from others where they are not given.
@@ -203,15 +207,7 @@ class TransNormerConfig(PreTrainedConfig):
         for field, choices in CHOICES.items():
             if (value := getattr(self, field)) not in choices:
                 raise ValueError(f"{field}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.")
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "block_size",
-            "max_position_embeddings",
-        ):
+        for field in SIZES:
             if (value := getattr(self, field)) < 1:
                 raise ValueError(f"{field}={value} must be at least 1.")
         if self.hidden_size % self.num_attention_heads:

@@ -76,9 +76,7 @@ class TransNormerRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.norm_type == "simple_rms":
             return simple_rms_norm(hidden_states, self.config.rms_norm_eps, self.config.backend)
-        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        mean_square = wide.square().mean(-1, keepdim=True)
-        return (wide * torch.rsqrt(mean_square + self.config.rms_norm_eps)).to(hidden_states.dtype)
+        return nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.rms_norm_eps)
 
     def extra_repr(self) -> str:
         return f"{self.norm_type}, eps={self.config.rms_norm_eps}"

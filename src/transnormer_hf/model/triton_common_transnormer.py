@@ -6,8 +6,9 @@ Query, key and value are (batch, heads, seq, head_dim) and *token-major*: in mem
 projections write them, so one row stride says where everything is.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,8 +62,10 @@ def load_lrpe(theta_ptr, householder_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
     """theta as a fraction of a turn, two (BLOCK_D / 2,) uint32, and sqrt(2) v of the reflection, (BLOCK_D,) float32.
 
     The fraction theta / (2 pi) modulo 1 has 64 bits, in a high and a low word: one float64 division per program, after
-    which `rotation_at` is exact integer arithmetic.
+    which `rotation_at` is exact integer arithmetic. Three zeros without LRPE.
     """
+    if theta_ptr is None:
+        return 0, 0, 0
     pairs, channels = tl.arange(0, BLOCK_D // 2), tl.arange(0, BLOCK_D)
     theta = tl.load(theta_ptr + pairs, mask=pairs < HEAD_DIM // 2, other=0.0).to(tl.float32)
     turns = theta.to(tl.float64) / 6.283185307179586
@@ -107,35 +110,27 @@ def split_pairs(tile, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def join_pairs(even, odd, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    return tl.reshape(tl.join(even, odd), (BLOCK_T, BLOCK_D))
+def rotate(tile, cos, sin, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Turn the channel pairs (0, 1), (2, 3), ...: (a, b) -> (a cos - b sin, a sin + b cos)."""
+    even, odd = split_pairs(tile, BLOCK_T, BLOCK_D)
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK_T, BLOCK_D))
+
+
+@triton.jit
+def angle_gradient(grad, rotated, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Gradient of the angle of each pair, (BLOCK_T, BLOCK_D / 2): y = R(angle) x has dy/dangle = (-y_odd, y_even).
+
+    Times the position and summed over tokens, it is the gradient of theta.
+    """
+    grad_even, grad_odd = split_pairs(grad, BLOCK_T, BLOCK_D)
+    even, odd = split_pairs(rotated, BLOCK_T, BLOCK_D)
+    return grad_odd * even - grad_even * odd
 
 
 @triton.jit
 def reflect(tile, householder):
     """(I - 2 v v^T) x for each row x, from sqrt(2) v; its own inverse and its own gradient."""
     return tile - tl.sum(tile * householder[None, :], 1)[:, None] * householder[None, :]
-
-
-@triton.jit
-def apply_lrpe_tile(tile, cos, sin, householder, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Reflect, then turn the channel pairs (0, 1), (2, 3), ...: (a, b) -> (a cos - b sin, a sin + b cos)."""
-    even, odd = split_pairs(reflect(tile, householder), BLOCK_T, BLOCK_D)
-    return join_pairs(even * cos - odd * sin, even * sin + odd * cos, BLOCK_T, BLOCK_D)
-
-
-@triton.jit
-def apply_lrpe_tile_backward(grad, rotated, cos, sin, householder, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Gradients of a tile and of the angle of each pair, (BLOCK_T, BLOCK_D / 2).
-
-    rotated: the result of `apply_lrpe_tile`. y = R(angle) x has dy/dangle = (-y_odd, y_even); times the position,
-    summed over tokens, it is the gradient of theta.
-    """
-    grad_even, grad_odd = split_pairs(grad, BLOCK_T, BLOCK_D)
-    even, odd = split_pairs(rotated, BLOCK_T, BLOCK_D)
-    angle_grad = grad_odd * even - grad_even * odd
-    grad = join_pairs(grad_even * cos + grad_odd * sin, grad_odd * cos - grad_even * sin, BLOCK_T, BLOCK_D)
-    return reflect(grad, householder), angle_grad
 
 
 # Tiles in memory
@@ -148,29 +143,29 @@ def head_of(tensor_ptr, batch, head, seq_len, row_stride, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
-def tile_pointers(head_ptr, start, row_stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Where tokens start, start + 1, ... of a head lie: (BLOCK_T, BLOCK_D).
+def tile_at(head_ptr, start, mask, row_stride, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where tokens start, start + 1, ... of a head lie, and which of them are inside, (BLOCK_T, BLOCK_D) each.
 
     Only the beginning of the tile takes 64 bits, one number per program; 64 bits per element would cost registers.
     """
-    rows, channels = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    rows, channels = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, BLOCK_D)[None, :]
     row_stride *= STRIDE_UNIT
-    return head_ptr + start.to(tl.int64) * row_stride + (rows[:, None] * row_stride + channels[None, :])
+    pointers = head_ptr + start.to(tl.int64) * row_stride + (rows * row_stride + channels)
+    return pointers, mask[:, None] & (channels < HEAD_DIM)
 
 
 @triton.jit
 def load_tile(head_ptr, start, mask, row_stride, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """Tokens start, start + 1, ... of a head in the tensor's dtype; zeros where `mask` (BLOCK_T,) is False."""
-    inside = mask[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    return tl.load(tile_pointers(head_ptr, start, row_stride, BLOCK_T, BLOCK_D), mask=inside, other=0.0)
+    pointers, inside = tile_at(head_ptr, start, mask, row_stride, HEAD_DIM, BLOCK_T, BLOCK_D)
+    return tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit
 def store_tile(
     head_ptr, tile, start, mask, row_stride, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    inside = mask[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-    pointers = tile_pointers(head_ptr, start, row_stride, BLOCK_T, BLOCK_D)
+    pointers, inside = tile_at(head_ptr, start, mask, row_stride, HEAD_DIM, BLOCK_T, BLOCK_D)
     tl.store(pointers, tile.to(head_ptr.dtype.element_ty), mask=inside)
 
 
@@ -182,7 +177,7 @@ def is_interpreted() -> bool:
     return not isinstance(reflect, triton.runtime.JITFunction)
 
 
-@lru_cache
+@functools.lru_cache
 def _device_target(device: torch.device) -> str:
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
@@ -195,33 +190,23 @@ def target_of(tensor: torch.Tensor) -> str:
     return _device_target(tensor.device) if tensor.is_cuda else "sm_80"
 
 
-def dot_type(dtype: str, interpreted: bool = False) -> tl.dtype:
-    """Type of the operands of `tl.dot` that come from inputs of this dtype ("fp32", "fp16", "bf16").
+def dot_constants(target: str, dtype: str, interpreted: bool) -> dict[str, Any]:
+    """How inputs of a dtype ("fp32", "fp16", "bf16") are multiplied by `tl.dot`, on tensor cores in every case.
 
-    The interpreter has no bfloat16 arithmetic, so there it is float32.
+    DOT: type of the operands that come from inputs. WIDE: of those that are sums (scores, states), which outgrow the
+    65,504 of float16: for float16 inputs it is float32, read as TF32, as precise as float16 with the range of float32.
+    PRECISION: `input_precision` of products with float32 operands. Float32 inputs keep float32 accuracy: three TF32
+    products on NVIDIA (error about 2^-21), the float32 matrix instruction on AMD.
     """
+    dot = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[dtype]
     if dtype == "bf16" and interpreted:
-        return tl.float32
-    return {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[dtype]
-
-
-def wide_dot_type(dtype: str, interpreted: bool = False) -> tl.dtype:
-    """Type of the operands of `tl.dot` that are sums (scores, states), which outgrow the 65,504 of float16.
-
-    For float16 inputs it is float32, read as TF32: as precise as float16, with the range of float32.
-    """
-    return tl.float32 if dtype == "fp16" else dot_type(dtype, interpreted)
-
-
-def dot_precision(target: str, dtype: str) -> str:
-    """`input_precision` of products with float32 operands, on tensor cores in every case.
-
-    Float32 inputs keep float32 accuracy: three TF32 products on NVIDIA (error about 2^-21), the float32 matrix
-    instruction on AMD.
-    """
-    if not target.startswith("sm_"):
-        return "ieee"
-    return "tf32" if dtype == "fp16" else "tf32x3"
+        dot = tl.float32  # the interpreter has no bfloat16 arithmetic
+    precision = "tf32" if dtype == "fp16" else "tf32x3"
+    return {
+        "DOT": dot,
+        "WIDE": tl.float32 if dtype == "fp16" else dot,
+        "PRECISION": precision if target.startswith("sm_") else "ieee",
+    }
 
 
 def padded_dim(head_dim: int) -> int:
@@ -300,6 +285,10 @@ def new_token_major(like: torch.Tensor) -> torch.Tensor:
 # Launches and operators
 
 
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], tensors: Mapping[str, torch.Tensor | None], **arguments: Any) -> None:
     """Run a kernel on the device of its tensors; an empty grid runs nothing.
 
@@ -307,58 +296,68 @@ def launch(kernel: Any, grid: tuple[int, ...], tensors: Mapping[str, torch.Tenso
     """
     if 0 in grid:
         return
-    device_of = None
+    device_of, parameters = None, frozenset(kernel.arg_names)
     for name, tensor in tensors.items():
         arguments[f"{name}_ptr"] = tensor
         if tensor is not None:
             device_of = tensor
-            if f"{name}_row_stride" in kernel.arg_names:
+            if f"{name}_row_stride" in parameters:
                 arguments[f"{name}_row_stride"] = row_stride(tensor) // STRIDE_UNIT.value
     with torch.cuda.device_of(device_of):
         kernel[grid](**arguments)
 
 
+def spread(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a last argument that is a NamedTuple spread out into its fields, as operators want it."""
+    signature = inspect.signature(function)
+    *leading, last = signature.parameters.values()
+    if not hasattr(last.annotation, "_fields"):
+        return function
+
+    @functools.wraps(function)
+    def flat(*values: Any) -> Any:
+        return function(*values[: len(leading)], last.annotation(*values[len(leading) :]))
+
+    fields = [last.replace(name=name, annotation=hint) for name, hint in last.annotation.__annotations__.items()]
+    flat.__signature__ = signature.replace(parameters=[*leading, *fields])  # type: ignore[attr-defined]
+    return flat
+
+
 class Differentiable:
     """A function with a derivative, from the two functions that launch its kernels.
 
-    forward, backward: plain functions with type hints, from which torch makes the schemas of two custom operators; the
-    two fakes return empty results of the same shapes. save(ctx, inputs, output) keeps what the derivative needs, and
-    gradients(ctx, run_backward, *grads) calls `run_backward` and orders its results like the inputs.
+    forward, backward: plain functions, from whose type hints torch makes the schemas of two custom operators; a last
+    argument that is a NamedTuple stands for its fields. The two fakes return empty results of the same shapes.
+    save(ctx, inputs, output) keeps what the derivative needs, and gradients(ctx, run_backward, *grads) calls
+    `run_backward` and orders its results like the inputs.
 
     The operators run under torch.compile, which must not look inside, and for fake tensors. Other calls go through an
     autograd.Function: with nothing to do, its forward takes 13 us of the host where the operator takes 37 (torch 2.13).
     """
 
-    def __init__(
-        self,
-        name: str,
-        forward: Callable[..., Any],
-        forward_fake: Callable[..., Any],
-        backward: Callable[..., Any],
-        backward_fake: Callable[..., Any],
-        save: Callable[[Any, tuple[Any, ...], Any], None],
-        gradients: Callable[..., tuple[torch.Tensor | None, ...]],
-    ) -> None:
+    def __init__(self, name: str, forward, forward_fake, backward, backward_fake, save, gradients) -> None:
+        run_forward, run_backward = spread(forward), spread(backward)
+
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *inputs):
-                output = forward(*inputs)
+                output = run_forward(*inputs)
                 save(ctx, inputs, output)
                 return output
 
             @staticmethod
             @once_differentiable
             def backward(ctx, *grads):
-                return gradients(ctx, backward, *grads)
+                return gradients(ctx, run_backward, *grads)
 
         def operator_gradients(ctx, *grads):
             return gradients(ctx, self.backward_operator, *grads)
 
         self.function = Function
-        self.operator = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
-        self.operator.register_fake(forward_fake)
-        self.backward_operator = torch.library.custom_op(f"{NAMESPACE}::{name}_backward", backward, mutates_args=())
-        self.backward_operator.register_fake(backward_fake)
+        self.operator = torch.library.custom_op(f"{NAMESPACE}::{name}", run_forward, mutates_args=())
+        self.operator.register_fake(spread(forward_fake))
+        self.backward_operator = torch.library.custom_op(f"{NAMESPACE}::{name}_backward", run_backward, mutates_args=())
+        self.backward_operator.register_fake(spread(backward_fake))
         self.operator.register_autograd(operator_gradients, setup_context=save)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -372,7 +371,7 @@ class Differentiable:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
-    hidden_ptr, normed_ptr, rms_ptr, num_rows, hidden_stride, eps,
+    hidden_ptr, normed_ptr, rms_ptr, num_rows, row_stride, eps,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """y = x / (r + eps), r = sqrt(mean x^2), for BLOCK_ROWS rows; also stores r, (rows,) float32."""
@@ -380,7 +379,7 @@ def rms_norm_kernel(
     columns = tl.arange(0, BLOCK_WIDTH)
     inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
     wide_rows = rows.to(tl.int64)[:, None]
-    hidden = tl.load(hidden_ptr + wide_rows * hidden_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    hidden = tl.load(hidden_ptr + wide_rows * row_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     rms = tl.sqrt(tl.sum(hidden * hidden, 1) / WIDTH)  # (BLOCK_ROWS,)
     tl.store(rms_ptr + rows, rms, mask=rows < num_rows)
     normed = hidden / (rms + eps)[:, None]
@@ -390,7 +389,7 @@ def rms_norm_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_backward_kernel(
-    grad_ptr, normed_ptr, rms_ptr, hidden_grad_ptr, num_rows, grad_stride, eps,
+    grad_ptr, normed_ptr, rms_ptr, hidden_grad_ptr, num_rows, row_stride, eps,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """dx = g / (r + eps) - y mean(g y) / r, from y and r; the second term is zero for a row of zeros."""
@@ -398,7 +397,7 @@ def rms_norm_backward_kernel(
     columns = tl.arange(0, BLOCK_WIDTH)
     inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
     wide_rows = rows.to(tl.int64)[:, None]
-    grad = tl.load(grad_ptr + wide_rows * grad_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + wide_rows * row_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     offsets = wide_rows * WIDTH + columns[None, :]
     normed = tl.load(normed_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     rms = tl.load(rms_ptr + rows, mask=rows < num_rows, other=0.0)
@@ -422,17 +421,13 @@ def triton_simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8) -> to
 def rms_norm_forward(hidden_states: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The normed states, contiguous, and the rms of each row, shape hidden_states.shape[:-1], float32."""
     normed, rms = _empty_rms_norm(hidden_states, eps)
-    rows = _as_rows(hidden_states)
-    tensors = {"hidden": rows, "normed": normed, "rms": rms}
-    _launch_rms_norm(rms_norm_kernel, rows, tensors, hidden_stride=rows.stride(0), eps=eps)
+    _launch_rms_norm(rms_norm_kernel, "hidden", hidden_states, eps, normed=normed, rms=rms)
     return normed, rms
 
 
 def rms_norm_backward(grad: torch.Tensor, normed: torch.Tensor, rms: torch.Tensor, eps: float) -> torch.Tensor:
-    hidden_grad = new_empty(tuple(normed.shape), normed)
-    rows = _as_rows(grad)
-    tensors = {"grad": rows, "normed": normed, "rms": rms, "hidden_grad": hidden_grad}
-    _launch_rms_norm(rms_norm_backward_kernel, rows, tensors, grad_stride=rows.stride(0), eps=eps)
+    hidden_grad = _empty_rms_norm_backward(grad, normed, rms, eps)
+    _launch_rms_norm(rms_norm_backward_kernel, "grad", grad, eps, normed=normed, rms=rms, hidden_grad=hidden_grad)
     return hidden_grad
 
 
@@ -444,20 +439,15 @@ def rms_norm_tile(width: int) -> dict[str, int]:
     return {"BLOCK_WIDTH": block_width, "BLOCK_ROWS": block_rows, "num_warps": num_warps}
 
 
-def _launch_rms_norm(
-    kernel: Any, rows: torch.Tensor, tensors: Mapping[str, torch.Tensor | None], **arguments: Any
-) -> None:
-    num_rows, width = rows.shape
-    if width == 0:
+def _launch_rms_norm(kernel: Any, name: str, states: torch.Tensor, eps: float, **tensors: torch.Tensor) -> None:
+    """Run a kernel on the rows of the states, its input `name`: a view wherever their channels are contiguous."""
+    if states.numel() == 0:
         return
-    tile = rms_norm_tile(width)
-    launch(kernel, (-(-num_rows // tile["BLOCK_ROWS"]),), tensors, num_rows=num_rows, WIDTH=width, **tile, **arguments)
-
-
-def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(rows, width) with contiguous rows; a view wherever there is one."""
-    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    rows = states.reshape(-1, states.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    (num_rows, width), tile = rows.shape, rms_norm_tile(rows.shape[1])
+    arguments = {"num_rows": num_rows, "row_stride": rows.stride(0), "eps": eps, "WIDTH": width, **tile}
+    launch(kernel, (-(-num_rows // tile["BLOCK_ROWS"]),), {name: rows, **tensors}, **arguments)
 
 
 def _empty_rms_norm(hidden_states: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,52 +23,41 @@ that all of this must equal is `eager_diag_attention` in `ops_transnormer.py`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .reference_transnormer import LRPE, AttentionMetadata, apply_lrpe, zero_padding
+from .reference_transnormer import apply_lrpe, zero_padding
 from .triton_common_transnormer import (
     ELEMENT_TYPES,
     STRIDE_UNIT,
     Differentiable,
-    dot_precision,
-    dot_type,
+    angle_gradient,
+    contiguous,
+    dot_constants,
     head_of,
     is_interpreted,
-    join_pairs,
     launch,
     load_lrpe,
     load_tile,
     new_empty,
     new_token_major,
+    rotate,
     rotation_at,
     row_stride,
-    split_pairs,
     store_tile,
     target_of,
+    tl,
     token_major,
-    wide_dot_type,
+    triton,
 )
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("The Triton kernels need the triton package: pip install triton.") from error
 
 MAX_BLOCK_SIZE = 64  # tokens of a tile
 SEQUENCES_AT_ONCE = tl.constexpr(64)
 # Integers that differ from call to call: a new value must not make Triton compile anew.
-UNSPECIALIZED = [
-    "query_row_stride",
-    "positions_stride",
-    "seq_len",
-    "num_sequences",
-    "tiles_per_row",
-    "block_size",
-]
+UNSPECIALIZED = ["query_row_stride", "positions_stride", "seq_len", "num_sequences", "tiles_per_row", "block_size"]
 
 
 # Where a program's tokens are
@@ -76,8 +65,8 @@ UNSPECIALIZED = [
 
 @triton.jit
 def find_tile(
-    positions_ptr, positions_stride, is_real_ptr, cu_seqlens_ptr,
-    num_heads, seq_len, num_sequences, tiles_per_row, block_size, TILE: tl.constexpr,
+    positions_ptr, positions_stride, is_real_ptr, cu_seqlens_ptr, num_heads, seq_len, num_sequences, tiles_per_row,
+    block_size, TILE: tl.constexpr,
 ):  # fmt: skip
     """The batch row, the head and the first token of this program's tile, and which of its TILE tokens exist.
 
@@ -131,9 +120,14 @@ def find_tile(
 
 
 @triton.jit
-def rotate(tile, cos, sin, TILE: tl.constexpr, CHUNK: tl.constexpr):
-    even, odd = split_pairs(tile, TILE, CHUNK)
-    return join_pairs(even * cos - odd * sin, even * sin + odd * cos, TILE, CHUNK)
+def rotation_of_chunk(
+    theta_ptr, householder_ptr, block_size, chunk, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr
+):
+    """cos and sin, (TILE, CHUNK / 2), and sqrt(2) v, (1, CHUNK), of a chunk. Positions restart in every block."""
+    high, low, householder = load_lrpe(theta_ptr + chunk // 2, householder_ptr + chunk, HEAD_DIM - chunk, CHUNK)
+    positions = tl.arange(0, TILE) % block_size
+    cos, sin = rotation_at(positions[:, None], high[None, :], low[None, :])
+    return cos, sin, householder[None, :]
 
 
 @triton.jit
@@ -154,28 +148,14 @@ def project(
 @triton.jit
 def load_rotated(
     head_ptr, first, mask, row_stride, projection, theta_ptr, householder_ptr, block_size, chunk,
-    HEAD_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, DOT_TYPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of queries or keys with LRPE, (TILE, CHUNK). Positions restart in every block."""
+    """A chunk of queries or keys with LRPE, (TILE, CHUNK)."""
     tile = load_tile(head_ptr + chunk, first, mask, row_stride, HEAD_DIM - chunk, TILE, CHUNK)
     if theta_ptr is not None:
-        high, low, householder = load_lrpe(theta_ptr + chunk // 2, householder_ptr + chunk, HEAD_DIM - chunk, CHUNK)
-        positions = tl.arange(0, TILE) % block_size
-        cos, sin = rotation_at(positions[:, None], high[None, :], low[None, :])
-        tile = rotate(tile.to(tl.float32) - projection[:, None] * householder[None, :], cos, sin, TILE, CHUNK)
-    return tile.to(DOT_TYPE)
-
-
-@triton.jit
-def rotate_back(
-    grad, theta_ptr, householder_ptr, block_size, chunk,
-    HEAD_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """A chunk of gradients before the rotation, given those after it, and sqrt(2) v of that chunk."""
-    high, low, householder = load_lrpe(theta_ptr + chunk // 2, householder_ptr + chunk, HEAD_DIM - chunk, CHUNK)
-    positions = tl.arange(0, TILE) % block_size
-    cos, sin = rotation_at(positions[:, None], high[None, :], low[None, :])
-    return rotate(grad, cos, -sin, TILE, CHUNK), householder[None, :]
+        cos, sin, householder = rotation_of_chunk(theta_ptr, householder_ptr, block_size, chunk, HEAD_DIM, TILE, CHUNK)
+        tile = rotate(tile.to(tl.float32) - projection[:, None] * householder, cos, sin, TILE, CHUNK)
+    return tile.to(DOT)
 
 
 @triton.jit
@@ -185,16 +165,14 @@ def store_gradient(
 ):  # fmt: skip
     """Store a chunk of dQ or dK, given the gradient after LRPE; returns its part of theta's gradient, (CHUNK / 2,).
 
-    rotated: Q or K after LRPE. y = R(angle) x has dy / dangle = (-y_odd, y_even), and angle = position · theta.
+    rotated: Q or K after LRPE; angle = position · theta.
     """
     grad_theta = tl.zeros((CHUNK // 2,), tl.float32)
     if theta_ptr is not None:
-        grad_even, grad_odd = split_pairs(grad, TILE, CHUNK)
-        even, odd = split_pairs(rotated.to(tl.float32), TILE, CHUNK)
-        positions = tl.arange(0, TILE) % block_size
-        grad_theta = tl.sum((grad_odd * even - grad_even * odd) * positions.to(tl.float32)[:, None], 0)
-        grad, householder = rotate_back(grad, theta_ptr, householder_ptr, block_size, chunk, HEAD_DIM, TILE, CHUNK)
-        grad -= projection[:, None] * householder
+        positions = (tl.arange(0, TILE) % block_size).to(tl.float32)
+        grad_theta = tl.sum(angle_gradient(grad, rotated.to(tl.float32), TILE, CHUNK) * positions[:, None], 0)
+        cos, sin, householder = rotation_of_chunk(theta_ptr, householder_ptr, block_size, chunk, HEAD_DIM, TILE, CHUNK)
+        grad = rotate(grad, cos, -sin, TILE, CHUNK) - projection[:, None] * householder
     store_tile(grad_ptr + chunk, grad, first, mask, row_stride, HEAD_DIM - chunk, TILE, CHUNK)
     return grad_theta
 
@@ -230,7 +208,7 @@ def attention_map(
     query_head, key_head, first, q_mask, kv_mask, row_stride,
     theta_ptr, householder_ptr, seed_ptr, row_and_head, scale, dropout_p, block_size,
     HEAD_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """P of a tile, with a minus sign on what dropout drops: (TILE, TILE) float32. Zeros in a row that sees no key.
 
@@ -242,11 +220,11 @@ def attention_map(
     for chunk in range(0, HEAD_DIM, CHUNK):
         query = load_rotated(
             query_head, first, q_mask, row_stride, query_projection, theta_ptr, householder_ptr, block_size, chunk,
-            HEAD_DIM, TILE, CHUNK, DOT_TYPE,
+            HEAD_DIM, TILE, CHUNK, DOT,
         )  # fmt: skip
         key = load_rotated(
             key_head, first, kv_mask, row_stride, key_projection, theta_ptr, householder_ptr, block_size, chunk,
-            HEAD_DIM, TILE, CHUNK, DOT_TYPE,
+            HEAD_DIM, TILE, CHUNK, DOT,
         )  # fmt: skip
         scores = tl.dot(query, tl.trans(key), scores, input_precision=PRECISION)
     scores *= scale
@@ -271,16 +249,16 @@ def attention_map(
 def query_key_gradients(
     grad_scores, grad_scores_t, query_head, key_head, query_projection, key_projection,
     first, q_mask, kv_mask, row_stride, theta_ptr, householder_ptr, block_size, chunk,
-    HEAD_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, DOT_TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A chunk of Q and K after LRPE, and of dQ = dS K and dK = dS^T Q, before LRPE's gradient: (TILE, CHUNK) each."""
     query = load_rotated(
         query_head, first, q_mask, row_stride, query_projection, theta_ptr, householder_ptr, block_size, chunk,
-        HEAD_DIM, TILE, CHUNK, DOT_TYPE,
+        HEAD_DIM, TILE, CHUNK, DOT,
     )  # fmt: skip
     key = load_rotated(
         key_head, first, kv_mask, row_stride, key_projection, theta_ptr, householder_ptr, block_size, chunk,
-        HEAD_DIM, TILE, CHUNK, DOT_TYPE,
+        HEAD_DIM, TILE, CHUNK, DOT,
     )  # fmt: skip
     query_grad = tl.dot(grad_scores, key.to(grad_scores.dtype), input_precision=PRECISION)
     key_grad = tl.dot(grad_scores_t, query.to(grad_scores.dtype), input_precision=PRECISION)
@@ -301,9 +279,10 @@ def diag_forward_kernel(
     seed_ptr,  # (1,)
     scale, dropout_p, num_heads, seq_len, num_sequences, tiles_per_row, block_size,
     HEAD_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
+    DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """One program per tile and head: reads q, k, v, writes o."""
+    MAP: tl.constexpr = WIDE if RELU else DOT  # scores of relu may outgrow float16, probabilities do not
     batch, head, first, q_mask, kv_mask = find_tile(
         positions_ptr, positions_stride, is_real_ptr, cu_seqlens_ptr,
         num_heads, seq_len, num_sequences, tiles_per_row, block_size, TILE,
@@ -318,14 +297,14 @@ def diag_forward_kernel(
     weights, _, _ = attention_map(
         query_head, key_head, first, q_mask, kv_mask, query_row_stride,
         theta_ptr, householder_ptr, seed_ptr, batch.to(tl.int64) * num_heads + head, scale, dropout_p, block_size,
-        HEAD_DIM, TILE, CHUNK, DOT_TYPE, PRECISION, CAUSAL, RELU,
+        HEAD_DIM, TILE, CHUNK, DOT, PRECISION, CAUSAL, RELU,
     )  # fmt: skip
     if seed_ptr is not None:
         weights = tl.maximum(weights, 0.0) * keep_scale(dropout_p)
-    weights = weights.to(MAP_TYPE)
+    weights = weights.to(MAP)
     for chunk in range(0, HEAD_DIM, CHUNK):
         value = load_tile(value_head + chunk, first, kv_mask, query_row_stride, HEAD_DIM - chunk, TILE, CHUNK)
-        output = tl.dot(weights, value.to(MAP_TYPE), input_precision=PRECISION)
+        output = tl.dot(weights, value.to(MAP), input_precision=PRECISION)
         store_tile(output_head + chunk, output, first, q_mask, output_row_stride, HEAD_DIM - chunk, TILE, CHUNK)
 
 
@@ -339,9 +318,10 @@ def diag_backward_kernel(
     positions_ptr, positions_stride, is_real_ptr, cu_seqlens_ptr, seed_ptr,
     scale, dropout_p, num_heads, seq_len, num_sequences, tiles_per_row, block_size,
     HEAD_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    DOT_TYPE: tl.constexpr, MAP_TYPE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
+    DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """The same tile once more: reads q, k, v, dO, writes dQ, dK, dV and this tile's part of theta's gradient."""
+    MAP: tl.constexpr = WIDE if RELU else DOT
     batch, head, first, q_mask, kv_mask = find_tile(
         positions_ptr, positions_stride, is_real_ptr, cu_seqlens_ptr,
         num_heads, seq_len, num_sequences, tiles_per_row, block_size, TILE,
@@ -365,21 +345,21 @@ def diag_backward_kernel(
     weights, query_projection, key_projection = attention_map(
         query_head, key_head, first, q_mask, kv_mask, query_row_stride,
         theta_ptr, householder_ptr, seed_ptr, batch.to(tl.int64) * num_heads + head, scale, dropout_p, block_size,
-        HEAD_DIM, TILE, CHUNK, DOT_TYPE, PRECISION, CAUSAL, RELU,
+        HEAD_DIM, TILE, CHUNK, DOT, PRECISION, CAUSAL, RELU,
     )  # fmt: skip
 
     dropped = weights
     if seed_ptr is not None:
         dropped = tl.maximum(weights, 0.0) * keep_scale(dropout_p)
-    dropped = tl.trans(dropped.to(MAP_TYPE))
+    dropped = tl.trans(dropped.to(MAP))
     grad_weights = tl.zeros((TILE, TILE), tl.float32)
     for chunk in range(0, HEAD_DIM, CHUNK):
         grad = load_tile(grad_head + chunk, first, q_mask, grad_row_stride, HEAD_DIM - chunk, TILE, CHUNK)
         value = load_tile(value_head + chunk, first, kv_mask, query_row_stride, HEAD_DIM - chunk, TILE, CHUNK)
-        value_grad = tl.dot(dropped, grad.to(MAP_TYPE), input_precision=PRECISION)
+        value_grad = tl.dot(dropped, grad.to(MAP), input_precision=PRECISION)
         store_tile(value_grad_head + chunk, value_grad, first, q_mask, grad_row_stride, HEAD_DIM - chunk, TILE, CHUNK)
-        value = tl.trans(value.to(DOT_TYPE))
-        grad_weights = tl.dot(grad.to(DOT_TYPE), value, grad_weights, input_precision=PRECISION)
+        value = tl.trans(value.to(DOT))
+        grad_weights = tl.dot(grad.to(DOT), value, grad_weights, input_precision=PRECISION)
     if seed_ptr is not None:
         grad_weights = tl.where(weights > 0.0, grad_weights * keep_scale(dropout_p), 0.0)
         weights = tl.abs(weights)
@@ -387,7 +367,7 @@ def diag_backward_kernel(
         grad_scores = tl.where(weights > 0.0, grad_weights, 0.0)
     else:
         grad_scores = weights * (grad_weights - tl.sum(weights * grad_weights, 1)[:, None])
-    grad_scores = (grad_scores * scale).to(MAP_TYPE)
+    grad_scores = (grad_scores * scale).to(MAP)
     grad_scores_t = tl.trans(grad_scores)
 
     # The first pass over dQ and dK is for their projections only; the reflection needs these before the second stores.
@@ -398,19 +378,18 @@ def diag_backward_kernel(
             query, key, query_grad, key_grad = query_key_gradients(
                 grad_scores, grad_scores_t, query_head, key_head, query_projection, key_projection,
                 first, q_mask, kv_mask, query_row_stride, theta_ptr, householder_ptr, block_size, chunk,
-                HEAD_DIM, TILE, CHUNK, DOT_TYPE, PRECISION,
+                HEAD_DIM, TILE, CHUNK, DOT, PRECISION,
             )  # fmt: skip
-            query_grad, householder = rotate_back(
-                query_grad, theta_ptr, householder_ptr, block_size, chunk, HEAD_DIM, TILE, CHUNK
+            cos, sin, householder = rotation_of_chunk(
+                theta_ptr, householder_ptr, block_size, chunk, HEAD_DIM, TILE, CHUNK
             )
-            key_grad, _ = rotate_back(key_grad, theta_ptr, householder_ptr, block_size, chunk, HEAD_DIM, TILE, CHUNK)
-            query_grad_projection += tl.sum(query_grad * householder, 1)
-            key_grad_projection += tl.sum(key_grad * householder, 1)
+            query_grad_projection += tl.sum(rotate(query_grad, cos, -sin, TILE, CHUNK) * householder, 1)
+            key_grad_projection += tl.sum(rotate(key_grad, cos, -sin, TILE, CHUNK) * householder, 1)
     for chunk in range(0, HEAD_DIM, CHUNK):
         query, key, query_grad, key_grad = query_key_gradients(
             grad_scores, grad_scores_t, query_head, key_head, query_projection, key_projection,
             first, q_mask, kv_mask, query_row_stride, theta_ptr, householder_ptr, block_size, chunk,
-            HEAD_DIM, TILE, CHUNK, DOT_TYPE, PRECISION,
+            HEAD_DIM, TILE, CHUNK, DOT, PRECISION,
         )  # fmt: skip
         theta_grad = store_gradient(
             query_grad_head, query_grad, query, first, q_mask, grad_row_stride, query_grad_projection,
@@ -427,19 +406,26 @@ def diag_backward_kernel(
 # As torch sees it
 
 
-def triton_diag_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    metadata: AttentionMetadata,
-    block_size: int,
-    causal: bool,
-    activation: str,
-    scale: float,
-    lrpe: LRPE | None,
-    dropout_p: float,
-) -> torch.Tensor:
+class DiagInputs(NamedTuple):
+    """What the operator takes."""
+
+    query: torch.Tensor  # (batch, heads, seq, head_dim), like key and value
+    key: torch.Tensor
+    value: torch.Tensor
+    theta: torch.Tensor | None  # (head_dim / 2,)
+    householder: torch.Tensor | None  # (head_dim,)
+    positions: torch.Tensor  # (seq,) or (batch, seq)
+    is_real: torch.Tensor | None  # (batch, seq)
+    cu_seqlens: torch.Tensor | None  # (num_sequences + 1,)
+    seed: torch.Tensor | None  # of dropout, (1,)
+    block_size: int
+    causal: bool
+    activation: str
+    scale: float
+    dropout_p: float
+
+
+def triton_diag_attention(query, key, value, *, metadata, block_size, causal, activation, scale, lrpe, dropout_p):
     """DiagAttention by the kernels; arguments and result as `eager_diag_attention`.
 
     LRPE is applied inside the kernels, with gradients to theta. If the householder vector needs a gradient too, plain
@@ -466,26 +452,14 @@ def triton_diag_attention(
         query, key = (apply_lrpe(states.float(), within_block, lrpe).to(value.dtype) for states in (query, key))
         lrpe = None
     if block_size > MAX_BLOCK_SIZE:
-        return folded_diag_attention(
-            query, key, value, metadata=metadata, block_size=block_size, causal=causal, scale=scale, dropout_p=dropout_p
-        )
+        return folded_diag_attention(query, key, value, metadata, block_size, causal, scale, dropout_p)
     theta, householder = (None, None) if lrpe is None else lrpe
     seed = torch.randint(2**62, (1,), device=query.device) if dropout_p > 0 else None
     tensors = (query, key, value, theta, householder, metadata.positions, metadata.is_real, metadata.cu_seqlens, seed)
     return _diag_attention(*tensors, block_size, causal, activation, scale, dropout_p)
 
 
-def folded_diag_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    metadata: AttentionMetadata,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> torch.Tensor:
+def folded_diag_attention(query, key, value, metadata, block_size, causal, scale, dropout_p):
     """Softmax in blocks, each folded into a row of a larger batch, by torch's `scaled_dot_product_attention`.
 
     Where blocks begin is known on the device only, so there is room for as many as these sequences can have at most,
@@ -515,98 +489,43 @@ def folded_diag_attention(
     if causal:
         visible = visible & torch.ones(width, width, dtype=torch.bool, device=query.device).tril()
     sees_no_key = ~visible.any(-1, keepdim=True)
-    query, key, value = (
-        fold(tensor.transpose(1, 2)).transpose(1, 2)
-        for tensor in (query, zero_padding(key, metadata), zero_padding(value, metadata))
-    )
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=visible | sees_no_key,  # a row without any key must become zeros and not NaN
-        dropout_p=dropout_p,
-        scale=scale,
-    ).masked_fill(sees_no_key, 0)
-    output = output.transpose(1, 2).reshape(batch_size, count * width, num_heads, head_dim)
+    padded = (query, zero_padding(key, metadata), zero_padding(value, metadata))
+    folded = (fold(tensor.transpose(1, 2)).transpose(1, 2) for tensor in padded)
+    visible = visible | sees_no_key  # a row without any key must become zeros and not NaN
+    output = F.scaled_dot_product_attention(*folded, attn_mask=visible, dropout_p=dropout_p, scale=scale)
+    output = output.masked_fill(sees_no_key, 0).transpose(1, 2).reshape(batch_size, count * width, num_heads, head_dim)
     return output.gather(1, slots[:, :, None, None].expand(-1, -1, num_heads, head_dim)).transpose(1, 2)
 
 
-def diag_attention_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    theta: torch.Tensor | None,
-    householder: torch.Tensor | None,
-    positions: torch.Tensor,
-    is_real: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    block_size: int,
-    causal: bool,
-    activation: str,
-    scale: float,
-    dropout_p: float,
-) -> torch.Tensor:
+def diag_attention_forward(inputs: DiagInputs) -> torch.Tensor:
     """The output, token-major."""
-    output = new_token_major(query)
-    tensors = {"query": query, "key": key, "value": value, "output": output}
-    where = {"positions": positions, "is_real": is_real, "cu_seqlens": cu_seqlens, "seed": seed}
-    tensors |= {"theta": theta, "householder": householder, **where}
-    _launch(diag_forward_kernel, tensors, block_size, causal, activation, scale, dropout_p)
+    output = new_token_major(inputs.query)
+    _launch(diag_forward_kernel, inputs, {"output": output})
     return output
 
 
-def diag_attention_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    theta: torch.Tensor | None,
-    householder: torch.Tensor | None,
-    positions: torch.Tensor,
-    is_real: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    block_size: int,
-    causal: bool,
-    activation: str,
-    scale: float,
-    dropout_p: float,
-    needs_theta: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def diag_attention_backward(needs_theta: bool, grad: torch.Tensor, inputs: DiagInputs) -> list[torch.Tensor]:
     """Gradients of query, key, value and theta (of length 0 unless needs_theta)."""
-    grads = [new_token_major(query) for _ in range(3)]
-    tensors = {"query": query, "key": key, "value": value, "grad": grad}
-    tensors |= {f"{name}_grad": result for name, result in zip(("query", "key", "value"), grads, strict=True)}
-    where = {"positions": positions, "is_real": is_real, "cu_seqlens": cu_seqlens, "seed": seed}
-    tensors |= {"theta": theta, "householder": householder, **where, "theta_grad": None}
-    theta_grad = new_empty((0,), query, torch.float32)
+    query, theta = inputs.query, inputs.theta
+    grads = {f"{name}_grad": new_token_major(query) for name in ("query", "key", "value")}
+    parts, theta_grad = None, new_empty((0,), query, torch.float32)
     if needs_theta:
         # Each program writes its part into a row of its own: the sum has one order, and no atomics.
-        programs = query.shape[0] * query.shape[1] * count_tiles(query.shape[2], block_size, cu_seqlens)
+        programs = query.shape[0] * query.shape[1] * count_tiles(query.shape[2], inputs.block_size, inputs.cu_seqlens)
         parts = new_empty((programs, theta.shape[0]), query, torch.float32)
-        tensors["theta_grad"] = parts
-    _launch(diag_backward_kernel, tensors, block_size, causal, activation, scale, dropout_p)
+    _launch(diag_backward_kernel, inputs, {"grad": _without_gaps(token_major(grad)), **grads, "theta_grad": parts})
     if needs_theta:
         theta_grad = parts.sum(0).to(theta.dtype)
-    return grads[0], grads[1], grads[2], theta_grad
+    return [*grads.values(), theta_grad]
 
 
-def _empty_forward(query: torch.Tensor, *_: Any) -> torch.Tensor:
-    return new_token_major(query)
+def _empty_output(inputs: DiagInputs) -> torch.Tensor:
+    return new_token_major(inputs.query)
 
 
-def _empty_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    theta: torch.Tensor | None,
-    *args: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    needs_theta = args[-1]
-    theta_grad = torch.empty_like(theta) if needs_theta else new_empty((0,), query, torch.float32)
-    return new_token_major(query), new_token_major(query), new_token_major(query), theta_grad
+def _empty_grads(needs_theta, grad, inputs: DiagInputs) -> list[torch.Tensor]:
+    theta_grad = torch.empty_like(inputs.theta) if needs_theta else new_empty((0,), grad, torch.float32)
+    return [*(new_token_major(inputs.query) for _ in range(3)), theta_grad]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -616,36 +535,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _gradients(ctx: Any, run_backward: Callable[..., Any], grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     needs_theta = ctx.needs_input_grad[3]
-    *grads, theta_grad = run_backward(grad, *ctx.saved_tensors, *ctx.options, needs_theta)
+    *grads, theta_grad = run_backward(needs_theta, grad, *ctx.saved_tensors, *ctx.options)
     return *grads, theta_grad if needs_theta else None, *(None,) * 10
 
 
 _diag_attention = Differentiable(
-    "diag_attention",
-    diag_attention_forward,
-    _empty_forward,
-    diag_attention_backward,
-    _empty_backward,
-    _save,
-    _gradients,
+    "diag_attention", diag_attention_forward, _empty_output, diag_attention_backward, _empty_grads, _save, _gradients
 )
 
 
 # The launches
 
 
-def diag_constants(target: str, dtype: str, head_dim: int, relu: bool, interpreted: bool = False) -> dict[str, Any]:
+@lru_cache
+def diag_constants(target: str, dtype: str, head_dim: int, interpreted: bool = False) -> dict[str, Any]:
     """The constexprs of both kernels that follow from the target ("sm_90"), the dtype ("bf16") and the head_dim."""
-    return {
-        "HEAD_DIM": head_dim,
-        "TILE": MAX_BLOCK_SIZE,
-        # the most channels with which the backward pass spills no registers on any target
-        "CHUNK": 16 if dtype == "fp32" else 32,
-        "DOT_TYPE": dot_type(dtype, interpreted),
-        # relu scores may outgrow float16, probabilities do not
-        "MAP_TYPE": wide_dot_type(dtype, interpreted) if relu else dot_type(dtype, interpreted),
-        "PRECISION": dot_precision(target, dtype),
-    }
+    chunk = 16 if dtype == "fp32" else 32  # the most channels with which the backward pass spills nothing anywhere
+    return {"HEAD_DIM": head_dim, "TILE": MAX_BLOCK_SIZE, "CHUNK": chunk, **dot_constants(target, dtype, interpreted)}
 
 
 def launch_options(target: str) -> dict[str, int]:
@@ -665,46 +571,33 @@ def count_tiles(seq_len: int, block_size: int, cu_seqlens: torch.Tensor | None) 
     return seq_len // tokens + 2 * cu_seqlens.shape[0]
 
 
-def _launch(
-    kernel: Any,
-    tensors: dict[str, torch.Tensor | None],
-    block_size: int,
-    causal: bool,
-    activation: str,
-    scale: float,
-    dropout_p: float,
-) -> None:
+def _launch(kernel: Any, inputs: DiagInputs, results: dict[str, torch.Tensor | None]) -> None:
     """Run a kernel. Inputs in a layout that it does not read are copied first; projections never are."""
-    batch_size, num_heads, seq_len, head_dim = tensors["query"].shape
-    inputs = [token_major(tensors[name]) for name in ("query", "key", "value")]
-    if len({row_stride(tensor) for tensor in inputs}) > 1:
-        inputs = [_without_gaps(tensor) for tensor in inputs]
-    tensors = tensors | dict(zip(("query", "key", "value"), inputs, strict=True))
-    if "grad" in tensors:
-        tensors["grad"] = _without_gaps(token_major(tensors["grad"]))
-    for name in ("theta", "householder", "is_real", "cu_seqlens"):
-        if tensors[name] is not None:
-            tensors[name] = tensors[name].contiguous()
-    query, positions, cu_seqlens = tensors["query"], tensors["positions"], tensors["cu_seqlens"]
+    batch_size, num_heads, seq_len, head_dim = inputs.query.shape
+    query, key, value = (token_major(tensor) for tensor in inputs[:3])
+    if not row_stride(query) == row_stride(key) == row_stride(value):
+        query, key, value = (_without_gaps(tensor) for tensor in (query, key, value))
+    tensors = {name: contiguous(getattr(inputs, name)) for name in ("theta", "householder", "is_real", "cu_seqlens")}
+    positions, cu_seqlens, is_relu = inputs.positions, inputs.cu_seqlens, inputs.activation == "relu"
     if cu_seqlens is not None:
-        tensors["positions"] = positions.contiguous()
-    target, tiles = target_of(query), count_tiles(seq_len, block_size, cu_seqlens)
-    constants = diag_constants(target, ELEMENT_TYPES[query.dtype], head_dim, activation == "relu", is_interpreted())
+        positions = positions.contiguous()
+    tensors |= {"query": query, "key": key, "value": value, "positions": positions, "seed": inputs.seed, **results}
+    target, tiles = target_of(query), count_tiles(seq_len, inputs.block_size, cu_seqlens)
     launch(
         kernel,
         (batch_size * num_heads * tiles,),
         tensors,
         positions_stride=positions.stride(0) if positions.dim() == 2 else 0,
-        scale=scale,
-        dropout_p=dropout_p,
+        scale=inputs.scale,
+        dropout_p=inputs.dropout_p,
         num_heads=num_heads,
         seq_len=seq_len,
         num_sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         tiles_per_row=tiles,
-        block_size=block_size,
-        CAUSAL=causal,
-        RELU=activation == "relu",
-        **constants,
+        block_size=inputs.block_size,
+        CAUSAL=inputs.causal,
+        RELU=is_relu,
+        **diag_constants(target, ELEMENT_TYPES[query.dtype], head_dim, is_interpreted()),
         **launch_options(target),
     )
 

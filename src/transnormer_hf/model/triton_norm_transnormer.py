@@ -29,14 +29,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .reference_transnormer import LRPE, AttentionMetadata, prepare_query_key
+from .reference_transnormer import prepare_query_key
 from .triton_common_transnormer import (
     ELEMENT_TYPES,
     Differentiable,
-    apply_lrpe_tile,
-    apply_lrpe_tile_backward,
-    dot_precision,
-    dot_type,
+    angle_gradient,
+    contiguous,
+    dot_constants,
     head_of,
     is_interpreted,
     launch,
@@ -47,41 +46,38 @@ from .triton_common_transnormer import (
     new_empty,
     new_token_major,
     padded_dim,
+    reflect,
+    rotate,
     rotation_at,
     split_pairs,
     store_tile,
     target_of,
+    tl,
     token_major,
-    wide_dot_type,
+    triton,
 )
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("The Triton kernels need the triton package: pip install triton.") from error
-
 SEGMENT = 256
+SCAN_BLOCK = 512  # numbers of a state per program of the scan: 16 bytes for each of 128 threads
 # Neither lengths nor strides are a reason to compile anew; what the compiler must know of strides, their unit says.
-UNSPECIALIZED = [
-    "seq_len",
-    "segments",
-    "num_states",
-    "position_batch_stride",
-    *(f"{tensor}_row_stride" for tensor in ("query", "key", "value", "output_grad")),
-]
+UNSPECIALIZED = ["seq_len", "segments", "num_states", "position_batch_stride"]
+UNSPECIALIZED += [f"{tensor}_row_stride" for tensor in ("query", "key", "value", "output_grad")]
 
 
 # Tiles and states
 
 
 @triton.jit
-def find_segment(segment, table_ptr, position_ptr, position_batch_stride, seq_len, segments, SEGMENT: tl.constexpr):
-    """Batch row, sequence, first and end token of a segment, and the position of its first token.
+def find_tile(
+    tile, table_ptr, position_ptr, position_batch_stride, seq_len, segments,
+    DIRECTION: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Batch row, row of the state, first and end token of its segment, first token, and position minus token of a tile.
 
     segments: of each sequence; the rows of packed segments have a table instead (`segment_table`). Positions within a
     sequence follow one by one.
     """
+    segment = tile // (SEGMENT // BLOCK_T)
     if table_ptr is None:
         sequence = segment // segments
         batch = sequence
@@ -92,12 +88,14 @@ def find_segment(segment, table_ptr, position_ptr, position_batch_stride, seq_le
         begin = tl.load(table_ptr + 3 * segment)
         end = tl.load(table_ptr + 3 * segment + 1)
         sequence = tl.load(table_ptr + 3 * segment + 2)
-    if position_ptr is None:
-        position = begin
-    else:
+    offset = 0
+    if position_ptr is not None:
         position_ptr += batch.to(tl.int64) * position_batch_stride + begin
-        position = tl.load(position_ptr, mask=begin < end, other=0).to(tl.int32)
-    return batch, sequence, begin, end, position
+        offset = tl.load(position_ptr, mask=begin < end, other=0).to(tl.int32) - begin
+    index = segment
+    if DIRECTION == 0:
+        index = sequence
+    return batch, index, begin, end, begin + tile % (SEGMENT // BLOCK_T) * BLOCK_T, offset
 
 
 @triton.jit
@@ -123,15 +121,14 @@ def tile_rotation(position, high, low, LRPE: tl.constexpr, BLOCK_T: tl.constexpr
 @triton.jit
 def map_tile(
     tile, mask, cos, sin, householder,
-    FEATURE_MAP: tl.constexpr, LRPE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    FEATURE_MAP: tl.constexpr, LRPE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """q' or k' of a tile, float32: phi, then LRPE; zero where masked, for any phi."""
     tile = map_features(tile.to(tl.float32), FEATURE_MAP)
     if FEATURE_MAP == "1+elu":
         tile = tl.where(mask[:, None] & (tl.arange(0, BLOCK_K) < HEAD_DIM)[None, :], tile, 0.0)
     if LRPE:
-        tile = apply_lrpe_tile(tile, cos, sin, householder, BLOCK_T, BLOCK_K)
+        tile = rotate(reflect(tile, householder), cos, sin, BLOCK_T, BLOCK_K)
     return tile
 
 
@@ -194,16 +191,15 @@ def sum_kernel(
     """sum[segment, head] = k'^T v over the segment; grid (segments, heads). In the backward pass q'^T do."""
     segment, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     LRPE: tl.constexpr = theta_ptr is not None
-    batch, _, begin, end, position = find_segment(
-        segment, table_ptr, position_ptr, position_batch_stride, seq_len, segments, SEGMENT
+    batch, _, begin, end, _, offset = find_tile(
+        segment, table_ptr, position_ptr, position_batch_stride, seq_len, segments, 1, SEGMENT, SEGMENT
     )
     key_ptr = head_of(key_ptr, batch, head, seq_len, key_row_stride, HEAD_DIM)
     value_ptr = head_of(value_ptr, batch, head, seq_len, value_row_stride, VALUE_DIM)
-    high, low, householder = 0, 0, 0
+    high, low, householder = load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
     if LRPE:
-        high, low, householder = load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
         cos_step, sin_step = rotation_at(tl.full((1, 1), BLOCK_T, tl.int32), high[None, :], low[None, :])
-    cos, sin = tile_rotation(position, high, low, LRPE, BLOCK_T)
+    cos, sin = tile_rotation(offset + begin, high, low, LRPE, BLOCK_T)
     total = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
     for step in range(0, tl.cdiv(end - begin, BLOCK_T)):
         start = begin + step * BLOCK_T
@@ -261,7 +257,7 @@ def scan_kernel(
 @triton.jit
 def add_tiles(
     total, left, plain_ptr, mapped_ptr, mask_ptr, plain_row_stride, mapped_row_stride,
-    batch, seq_len, start, begin, end, position, high, low, householder,
+    batch, seq_len, start, begin, end, offset, high, low, householder,
     SCORE_MAPPED: tl.constexpr, DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr, LRPE: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -280,7 +276,7 @@ def add_tiles(
         count = tl.cdiv(end - start, BLOCK_T)
         farthest = start + (count - 1) * BLOCK_T
     count = tl.where(start < end, count, 0)
-    cos, sin = tile_rotation(position + farthest - begin, high, low, LRPE, BLOCK_T)
+    cos, sin = tile_rotation(offset + farthest, high, low, LRPE, BLOCK_T)
     if LRPE:
         cos_step, sin_step = rotation_at(tl.full((1, 1), DIRECTION * BLOCK_T, tl.int32), high[None, :], low[None, :])
     for step in tl.range(0, count, disable_licm=True):
@@ -311,21 +307,18 @@ def add_tiles(
 def write_outputs(
     query_ptr, key_ptr, value_ptr, output_ptr, state_ptr, mask_ptr,
     query_row_stride, key_row_stride, value_row_stride,
-    batch, index, head, heads, seq_len, start, begin, end, position, theta_ptr, householder_ptr,
-    DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    batch, index, head, heads, seq_len, start, begin, end, offset, theta_ptr, householder_ptr,
+    DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """o = q' S + (q' k'^T, as DIRECTION allows) v of the tile at `start`; dv is the same of k, q and do."""
     LRPE: tl.constexpr = theta_ptr is not None
-    high, low, householder = 0, 0, 0
-    if LRPE:
-        high, low, householder = load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
+    high, low, householder = load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
     mask = token_mask(mask_ptr, batch, seq_len, start, end, BLOCK_T)
     query_ptr = head_of(query_ptr, batch, head, seq_len, query_row_stride, HEAD_DIM)
     query = load_tile(query_ptr, start, mask, query_row_stride, HEAD_DIM, BLOCK_T, BLOCK_K)
-    cos, sin = tile_rotation(position + start - begin, high, low, LRPE, BLOCK_T)
+    cos, sin = tile_rotation(offset + start, high, low, LRPE, BLOCK_T)
     query = map_tile(query, mask, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K).to(DOT)
     output = multiply_state(
         query, state_ptr, index, start < end, head, heads, False,
@@ -337,7 +330,7 @@ def write_outputs(
             head_of(value_ptr, batch, head, seq_len, value_row_stride, VALUE_DIM),
             head_of(key_ptr, batch, head, seq_len, key_row_stride, HEAD_DIM),
             mask_ptr, value_row_stride, key_row_stride,
-            batch, seq_len, start, begin, end, position, high, low, householder,
+            batch, seq_len, start, begin, end, offset, high, low, householder,
             True, DIRECTION, FEATURE_MAP, LRPE,
             HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
         )  # fmt: skip
@@ -350,9 +343,8 @@ def write_outputs(
 def write_gradients(
     left_ptr, plain_ptr, mapped_ptr, own_ptr, grad_ptr, theta_grad_ptr, state_ptr, mask_ptr,
     left_row_stride, plain_row_stride, mapped_row_stride, own_row_stride,
-    batch, index, head, heads, seq_len, start, begin, end, position, theta_ptr, householder_ptr, theta_row,
-    DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    batch, index, head, heads, seq_len, start, begin, end, offset, theta_ptr, householder_ptr, theta_row,
+    DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -361,9 +353,7 @@ def write_gradients(
     That after phi and LRPE, left S^T + (left plain^T, as DIRECTION allows) mapped', goes back through them.
     """
     LRPE: tl.constexpr = theta_ptr is not None
-    high, low, householder = 0, 0, 0
-    if LRPE:
-        high, low, householder = load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
+    high, low, householder = load_lrpe(theta_ptr, householder_ptr, HEAD_DIM, BLOCK_K)
     mask = token_mask(mask_ptr, batch, seq_len, start, end, BLOCK_T)
     left_ptr = head_of(left_ptr, batch, head, seq_len, left_row_stride, VALUE_DIM)
     left = load_tile(left_ptr, start, mask, left_row_stride, VALUE_DIM, BLOCK_T, BLOCK_V)
@@ -377,17 +367,18 @@ def write_gradients(
             head_of(plain_ptr, batch, head, seq_len, plain_row_stride, VALUE_DIM),
             head_of(mapped_ptr, batch, head, seq_len, mapped_row_stride, HEAD_DIM),
             mask_ptr, plain_row_stride, mapped_row_stride,
-            batch, seq_len, start, begin, end, position, high, low, householder,
+            batch, seq_len, start, begin, end, offset, high, low, householder,
             False, DIRECTION, FEATURE_MAP, LRPE,
             HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
         )  # fmt: skip
     own_ptr = head_of(own_ptr, batch, head, seq_len, own_row_stride, HEAD_DIM)
     own = load_tile(own_ptr, start, mask, own_row_stride, HEAD_DIM, BLOCK_T, BLOCK_K).to(tl.float32)
     if LRPE:
-        cos, sin = tile_rotation(position + start - begin, high, low, LRPE, BLOCK_T)
+        cos, sin = tile_rotation(offset + start, high, low, LRPE, BLOCK_T)
         mapped = map_tile(own, mask, cos, sin, householder, FEATURE_MAP, LRPE, HEAD_DIM, BLOCK_T, BLOCK_K)
-        grad, angle_grad = apply_lrpe_tile_backward(grad, mapped, cos, sin, householder, BLOCK_T, BLOCK_K)
-        positions = (position + start - begin + tl.arange(0, BLOCK_T)).to(tl.float32)
+        angle_grad = angle_gradient(grad, mapped, BLOCK_T, BLOCK_K)
+        grad = reflect(rotate(grad, cos, -sin, BLOCK_T, BLOCK_K), householder)
+        positions = (offset + start + tl.arange(0, BLOCK_T)).to(tl.float32)
         theta_grad = tl.sum(angle_grad * positions[:, None], 0)  # each program has a row; they are summed outside
         pairs = tl.arange(0, BLOCK_K // 2)
         theta_grad_ptr += (theta_row.to(tl.int64) * heads + head) * (HEAD_DIM // 2)
@@ -402,25 +393,19 @@ def write_gradients(
 def output_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, state_ptr, mask_ptr, position_ptr, theta_ptr, householder_ptr, table_ptr,
     query_row_stride, key_row_stride, value_row_stride, position_batch_stride, seq_len, segments,
-    DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SEGMENT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a tile; grid (segments · tiles of a segment, heads)."""
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    segment = tile // (SEGMENT // BLOCK_T)
-    batch, sequence, begin, end, position = find_segment(
-        segment, table_ptr, position_ptr, position_batch_stride, seq_len, segments, SEGMENT
+    batch, index, begin, end, start, offset = find_tile(
+        tile, table_ptr, position_ptr, position_batch_stride, seq_len, segments, DIRECTION, SEGMENT, BLOCK_T
     )
-    start = begin + tile % (SEGMENT // BLOCK_T) * BLOCK_T
-    index = segment
-    if DIRECTION == 0:
-        index = sequence
     write_outputs(
         query_ptr, key_ptr, value_ptr, output_ptr, state_ptr, mask_ptr,
         query_row_stride, key_row_stride, value_row_stride,
-        batch, index, head, heads, seq_len, start, begin, end, position, theta_ptr, householder_ptr,
+        batch, index, head, heads, seq_len, start, begin, end, offset, theta_ptr, householder_ptr,
         DIRECTION, FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
     )  # fmt: skip
 
@@ -431,9 +416,8 @@ def gradient_kernel(
     state_ptr, state_grad_ptr, mask_ptr, position_ptr, theta_ptr, householder_ptr, table_ptr,
     query_row_stride, key_row_stride, value_row_stride, output_grad_row_stride,
     position_batch_stride, seq_len, segments,
-    DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, SEGMENT: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    DIRECTION: tl.constexpr, FEATURE_MAP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     DOT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """dq, dk or dv of a tile; grid (segments · tiles of a segment · 3, heads).
@@ -442,33 +426,28 @@ def gradient_kernel(
     """
     program, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     tile, gradient = program // 3, program % 3
-    segment = tile // (SEGMENT // BLOCK_T)
-    batch, sequence, begin, end, position = find_segment(
-        segment, table_ptr, position_ptr, position_batch_stride, seq_len, segments, SEGMENT
+    batch, index, begin, end, start, offset = find_tile(
+        tile, table_ptr, position_ptr, position_batch_stride, seq_len, segments, DIRECTION, SEGMENT, BLOCK_T
     )
-    start = begin + tile % (SEGMENT // BLOCK_T) * BLOCK_T
-    index = segment
-    if DIRECTION == 0:
-        index = sequence
     if gradient == 0:
         write_gradients(
             output_grad_ptr, value_ptr, key_ptr, query_ptr, query_grad_ptr, theta_grad_ptr, state_ptr, mask_ptr,
             output_grad_row_stride, value_row_stride, key_row_stride, query_row_stride,
-            batch, index, head, heads, seq_len, start, begin, end, position, theta_ptr, householder_ptr, 2 * tile,
+            batch, index, head, heads, seq_len, start, begin, end, offset, theta_ptr, householder_ptr, 2 * tile,
             DIRECTION, FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
         )  # fmt: skip
     elif gradient == 1:
         write_gradients(
             value_ptr, output_grad_ptr, query_ptr, key_ptr, key_grad_ptr, theta_grad_ptr, state_grad_ptr, mask_ptr,
             value_row_stride, output_grad_row_stride, query_row_stride, key_row_stride,
-            batch, index, head, heads, seq_len, start, begin, end, position, theta_ptr, householder_ptr, 2 * tile + 1,
+            batch, index, head, heads, seq_len, start, begin, end, offset, theta_ptr, householder_ptr, 2 * tile + 1,
             -DIRECTION, FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
         )  # fmt: skip
     else:
         write_outputs(
             key_ptr, query_ptr, output_grad_ptr, value_grad_ptr, state_grad_ptr, mask_ptr,
             key_row_stride, query_row_stride, output_grad_row_stride,
-            batch, index, head, heads, seq_len, start, begin, end, position, theta_ptr, householder_ptr,
+            batch, index, head, heads, seq_len, start, begin, end, offset, theta_ptr, householder_ptr,
             -DIRECTION, FEATURE_MAP, HEAD_DIM, VALUE_DIM, BLOCK_T, BLOCK_K, BLOCK_V, DOT, WIDE, PRECISION, HALVES,
         )  # fmt: skip
 
@@ -476,18 +455,23 @@ def gradient_kernel(
 # As torch sees it
 
 
-def triton_norm_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    metadata: AttentionMetadata,
-    causal: bool,
-    feature_map: str,
-    lrpe: LRPE | None,
-    initial_state: torch.Tensor | None,
-    return_state: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+class NormInputs(NamedTuple):
+    """What the operator takes."""
+
+    query: torch.Tensor  # (batch, heads, seq, head_dim), like the key
+    key: torch.Tensor
+    value: torch.Tensor  # (batch, heads, seq, value_dim)
+    positions: torch.Tensor  # (seq,) or (batch, seq)
+    is_real: torch.Tensor | None  # (batch, seq)
+    table: torch.Tensor | None  # of packed sequences, see segment_table
+    theta: torch.Tensor | None  # (head_dim / 2,)
+    householder: torch.Tensor | None  # (head_dim,)
+    initial_state: torch.Tensor | None  # (sequences, heads, head_dim, value_dim)
+    causal: bool
+    feature_map: str
+
+
+def triton_norm_attention(query, key, value, *, metadata, causal, feature_map, lrpe, initial_state, return_state):
     """NormAttention by the kernels; arguments and results as `eager_norm_attention`.
 
     phi and LRPE are applied inside the kernels, with gradients to theta. If the householder vector needs a gradient
@@ -500,19 +484,10 @@ def triton_norm_attention(
         feature_map, lrpe = "identity", None
     if cu_seqlens is not None and table is None:
         table = segment_table(cu_seqlens, query.shape[2])
+    places = (metadata.positions, metadata.is_real, table)
     theta, householder = (None, None) if lrpe is None else lrpe
     output, state, _ = _norm_attention(
-        query,
-        key,
-        value,
-        metadata.positions,
-        metadata.is_real,
-        table,
-        theta,
-        householder,
-        initial_state,
-        causal,
-        feature_map,
+        query, key, value, *places, theta, householder, initial_state, causal, feature_map
     )
     if not return_state:
         return output, None
@@ -539,104 +514,57 @@ def segment_table(cu_seqlens: torch.Tensor, seq_len: int) -> torch.Tensor:
     return torch.cat((of_segments, of_sequences)).int()
 
 
-def norm_attention_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor,
-    is_real: torch.Tensor | None,
-    table: torch.Tensor | None,
-    theta: torch.Tensor | None,
-    householder: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    causal: bool,
-    feature_map: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def norm_attention_forward(inputs: NormInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output, the state after each sequence, and the state before each segment (no rows unless causal)."""
-    query, key, value = token_major(query), token_major(key), token_major(value)
-    output, final, states = _empty_forward(
-        query, key, value, positions, is_real, table, theta, householder, initial_state, causal, feature_map
-    )
-    run = _Launches(query, value, positions, is_real, table, theta, householder, feature_map)
-    run.scan(key, value, initial_state, states, final, DIRECTION=int(causal))
-    tensors = {"query": query, "key": key, "value": value, "output": output, "state": states if causal else final}
-    run(output_kernel, run.tiles, tensors, DIRECTION=int(causal))
+    query, key, value = (token_major(tensor) for tensor in inputs[:3])
+    output, final, states = _empty_output(inputs)
+    run = _Launches(inputs)
+    run.scan(key, value, inputs.initial_state, states, final, DIRECTION=int(inputs.causal))
+    tensors = {"query": query, "key": key, "value": value, "output": output}
+    run(output_kernel, run.tiles, tensors | {"state": states if inputs.causal else final})
     return output, final, states
 
 
 def norm_attention_backward(
-    output_grad: torch.Tensor,
-    final_grad: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor,
-    is_real: torch.Tensor | None,
-    table: torch.Tensor | None,
-    theta: torch.Tensor | None,
-    householder: torch.Tensor | None,
-    final: torch.Tensor,
-    states: torch.Tensor,
-    causal: bool,
-    feature_map: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value, theta (no elements without LRPE) and the state before each sequence."""
-    query, key, value, output_grad = (token_major(tensor) for tensor in (query, key, value, output_grad))
+    grad: torch.Tensor, final_grad: torch.Tensor | None, final: torch.Tensor, states: torch.Tensor, inputs: NormInputs
+) -> list[torch.Tensor]:
+    """Gradients of query, key, value, theta (no elements without LRPE) and the state before each sequence.
+
+    grad, final_grad: of the output and of the state after each sequence. The initial state itself is not needed.
+    """
+    query, key, value, grad = (token_major(tensor) for tensor in (*inputs[:3], grad))
     query_grad, key_grad, value_grad = (new_token_major(tensor) for tensor in (query, key, value))
     initial_grad, state_grads = (new_empty(tuple(t.shape), t) for t in (final, states))
-    run = _Launches(query, value, positions, is_real, table, theta, householder, feature_map)
-    run.scan(query, output_grad, final_grad, state_grads, initial_grad, DIRECTION=-int(causal))
-    theta_grads = None
+    run = _Launches(inputs)
+    run.scan(query, grad, final_grad, state_grads, initial_grad, DIRECTION=-int(inputs.causal))
+    theta, theta_parts = inputs.theta, None
     if theta is not None:  # from a row of each tile's dq and of its dk
-        rows = 2 * run.tiles
-        theta_grads = new_empty((rows, query.shape[1], theta.shape[0]), query, torch.float32)
-    tensors = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "output_grad": output_grad,
-        "query_grad": query_grad,
-        "key_grad": key_grad,
-        "value_grad": value_grad,
-        "theta_grad": theta_grads,
-        "state": states if causal else final,
-        "state_grad": state_grads if causal else initial_grad,
-    }
-    run(gradient_kernel, 3 * run.tiles, tensors, DIRECTION=int(causal))
+        theta_parts = new_empty((2 * run.tiles, query.shape[1], theta.shape[0]), query, torch.float32)
+    state, state_grad = (states, state_grads) if inputs.causal else (final, initial_grad)
+    tensors = {"query": query, "key": key, "value": value, "output_grad": grad, "state": state}
+    tensors |= {"query_grad": query_grad, "key_grad": key_grad, "value_grad": value_grad, "state_grad": state_grad}
+    run(gradient_kernel, 3 * run.tiles, tensors | {"theta_grad": theta_parts})
     theta_grad = query.new_empty(0, dtype=torch.float32)
-    if theta is not None and theta_grads is not None:
-        theta_grad = theta_grads.flatten(0, 1).sum(0).to(theta.dtype)
-    return query_grad, key_grad, value_grad, theta_grad, initial_grad
+    if theta is not None and theta_parts is not None:
+        theta_grad = theta_parts.flatten(0, 1).sum(0).to(theta.dtype)
+    return [query_grad, key_grad, value_grad, theta_grad, initial_grad]
 
 
-def _empty_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor,
-    is_real: torch.Tensor | None,
-    table: torch.Tensor | None,
-    theta: torch.Tensor | None,
-    householder: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    causal: bool,
-    feature_map: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    segments = _count_segments(query, table)
+def _empty_output(inputs: NormInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query, value = inputs.query, inputs.value
+    segments, sequences = _count_segments(query, inputs.table)
     shape = (query.shape[1], query.shape[3], value.shape[3])
-    final = new_empty((segments.sequences, *shape), query, torch.float32)
+    final = new_empty((sequences, *shape), query, torch.float32)
     # states are stored as their products read them: in bfloat16 for bfloat16 inputs
     states_dtype = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32
-    states = new_empty((segments.total if causal else 0, *shape), query, states_dtype)
+    states = new_empty((query.shape[0] * segments if inputs.causal else 0, *shape), query, states_dtype)
     return new_token_major(value), final, states
 
 
-def _empty_backward(
-    output_grad, final_grad, query, key, value, positions, is_real, table, theta, householder, final, states,
-    causal, feature_map,
-):  # fmt: skip
+def _empty_grads(grad, final_grad, final, states, inputs: NormInputs) -> list[torch.Tensor]:
+    query, theta = inputs.query, inputs.theta
     theta_grad = query.new_empty(0, dtype=torch.float32) if theta is None else torch.empty_like(theta)
-    return *(new_token_major(tensor) for tensor in (query, key, value)), theta_grad, torch.empty_like(final)
+    return [*(new_token_major(tensor) for tensor in inputs[:3]), theta_grad, torch.empty_like(final)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -644,142 +572,92 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     _, final, states = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(states)
-    ctx.save_for_backward(*tensors, final, states)
+    ctx.save_for_backward(final, states, *tensors)
     ctx.initial = None if initial_state is None else (initial_state.shape[0], initial_state.dtype)
     ctx.options = causal, feature_map
 
 
-def _gradients(
-    ctx: Any,
-    run_backward: Callable[..., tuple[torch.Tensor, ...]],
-    output_grad: torch.Tensor | None,
-    final_grad: torch.Tensor | None,
-    *_: Any,
-) -> tuple[torch.Tensor | None, ...]:
-    value, theta = ctx.saved_tensors[2], ctx.saved_tensors[6]
-    if output_grad is None:
-        output_grad = torch.zeros_like(value)
-    *qkv_grads, theta_grad, initial_grad = run_backward(output_grad, final_grad, *ctx.saved_tensors, *ctx.options)
+def _gradients(ctx: Any, run_backward: Callable[..., list[torch.Tensor]], grad: torch.Tensor | None, *other_grads: Any):
+    final, states, *tensors = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(tensors[2])
+    final_grad, _ = other_grads
+    *grads, theta_grad, initial_grad = run_backward(grad, final_grad, final, states, *tensors, None, *ctx.options)
     if ctx.initial is not None:
         initial_grad = initial_grad[: ctx.initial[0]].to(ctx.initial[1])
-    none_or = (None if theta is None else theta_grad), None, (None if ctx.initial is None else initial_grad)
-    return *qkv_grads, None, None, None, *none_or, None, None
+    theta_grad = None if tensors[6] is None else theta_grad
+    return *grads, None, None, None, theta_grad, None, None if ctx.initial is None else initial_grad, None, None
 
 
 _norm_attention = Differentiable(
-    "norm_attention",
-    norm_attention_forward,
-    _empty_forward,
-    norm_attention_backward,
-    _empty_backward,
-    _save,
-    _gradients,
+    "norm_attention", norm_attention_forward, _empty_output, norm_attention_backward, _empty_grads, _save, _gradients
 )
 
 
 # The launches
 
 
-class _Segments(NamedTuple):
-    """of_sequence: of each sequence, or of the whole packed row; total: of the batch; sequences: of the batch."""
-
-    of_sequence: int
-    total: int
-    sequences: int
-
-
-def _count_segments(query: torch.Tensor, table: torch.Tensor | None) -> _Segments:
+def _count_segments(query: torch.Tensor, table: torch.Tensor | None) -> tuple[int, int]:
+    """Segments of each row of the batch, and sequences of the batch."""
     batch_size, _, seq_len, _ = query.shape
     if table is None:
-        count = (seq_len + SEGMENT - 1) // SEGMENT
-        return _Segments(count, batch_size * count, batch_size)
+        return (seq_len + SEGMENT - 1) // SEGMENT, batch_size
     sequences = (table.shape[0] - seq_len // SEGMENT) // 2  # see segment_table
-    return _Segments(table.shape[0] - sequences, table.shape[0] - sequences, sequences)
+    return table.shape[0] - sequences, sequences
 
 
 class _Launches:
     """The launches of one forward or backward pass, with the arguments that they share."""
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        value: torch.Tensor,
-        positions: torch.Tensor,
-        is_real: torch.Tensor | None,
-        table: torch.Tensor | None,
-        theta: torch.Tensor | None,
-        householder: torch.Tensor | None,
-        feature_map: str,
-    ) -> None:
-        self.num_heads, self.table = query.shape[1], table
-        self.segments = _count_segments(query, table)
-        self.shape = target_of(query), ELEMENT_TYPES[query.dtype], query.shape[3], value.shape[3]
-        self.options = launch_options(*self.shape)
-        self.tiles = self.segments.total * (SEGMENT // self.options["BLOCK_T"])
+    def __init__(self, inputs: NormInputs) -> None:
+        query, positions, is_real, theta = inputs.query, inputs.positions, inputs.is_real, inputs.theta
+        batch_size, self.num_heads, seq_len, head_dim = query.shape
+        segments, _ = _count_segments(query, inputs.table)
+        shape = target_of(query), ELEMENT_TYPES[query.dtype], head_dim, inputs.value.shape[3]
+        options = launch_options(*shape)
+        self.segments = batch_size * segments
+        self.tiles = self.segments * (SEGMENT // options["BLOCK_T"])
+        self.options = {name: options[name] for name in ("num_warps", "num_stages")}
         self.tensors: dict[str, torch.Tensor | None] = {
             "position": None if theta is None else positions.contiguous(),
             "mask": None if is_real is None else is_real.contiguous().view(torch.uint8),
-            "theta": None if theta is None else theta.contiguous(),
-            "householder": None if householder is None else householder.contiguous(),
-            "table": table,
+            "theta": contiguous(theta),
+            "householder": contiguous(inputs.householder),
+            "table": inputs.table,
         }
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "position_batch_stride": positions.shape[-1] if positions.dim() == 2 else 0,
-            "seq_len": query.shape[2],
-            "segments": self.segments.of_sequence,
-            "FEATURE_MAP": feature_map,
+            "seq_len": seq_len,
+            "segments": segments,
+            "DIRECTION": int(inputs.causal),
+            "FEATURE_MAP": inputs.feature_map,
             "SEGMENT": SEGMENT,
+            **kernel_constants(*shape, is_interpreted()),
+            **options,
         }
 
-    def __call__(
-        self, kernel: Any, programs: int, tensors: Mapping[str, torch.Tensor | None], **constants: Any
-    ) -> None:
-        arguments = self.arguments | kernel_constants(*self.shape, is_interpreted()) | self.options
-        taken = {name: value for name, value in arguments.items() if name in kernel.arg_names or name in OPTIONS}
-        launch(kernel, (programs, self.num_heads), {**self.tensors, **tensors}, **taken, **constants)
+    def __call__(self, kernel: Any, programs: int, tensors: Mapping[str, torch.Tensor | None]) -> None:
+        arguments = {name: self.arguments[name] for name in kernel.arg_names if name in self.arguments}
+        launch(kernel, (programs, self.num_heads), {**self.tensors, **tensors}, **arguments, **self.options)
 
-    def scan(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        initial: torch.Tensor | None,
-        states: torch.Tensor,
-        total: torch.Tensor,
-        DIRECTION: int,
-    ) -> None:
+    def scan(self, key, value, initial, states, total, DIRECTION):
         """Fill `states` and `total` from the sums over key and value."""
-        sums = new_empty((self.segments.total, *total.shape[1:]), key, torch.float32)
-        self(sum_kernel, self.segments.total, {"key": key, "value": value, "sum": sums})
+        sums = new_empty((self.segments, *total.shape[1:]), key, torch.float32)
+        self(sum_kernel, self.segments, {"key": key, "value": value, "sum": sums})
         size = total.shape[2] * total.shape[3]
-        tensors = {"sum": sums, "states": states, "total": total, "table": self.table}
-        launch(
-            scan_kernel,
-            (total.shape[0], self.num_heads, -(-size // SCAN_BLOCK)),
-            tensors | {"initial": None if initial is None else initial.contiguous()},
-            segments=self.segments.of_sequence,
-            num_states=0 if initial is None else initial.shape[0],
-            DIRECTION=DIRECTION,
-            SIZE=size,
-            BLOCK=SCAN_BLOCK,
-        )
-
-
-OPTIONS = ("num_warps", "num_stages")
-SCAN_BLOCK = 512  # numbers of a state per program: 16 bytes for each of 128 threads
+        tensors = {"sum": sums, "initial": contiguous(initial), "states": states, "total": total}
+        counts = {"segments": self.arguments["segments"], "num_states": 0 if initial is None else initial.shape[0]}
+        constants = {"DIRECTION": DIRECTION, "SIZE": size, "BLOCK": SCAN_BLOCK}
+        grid = (total.shape[0], self.num_heads, -(-size // SCAN_BLOCK))
+        launch(scan_kernel, grid, tensors | {"table": self.tensors["table"]}, **counts, **constants)
 
 
 @lru_cache
 def kernel_constants(target: str, dtype: str, head_dim: int, value_dim: int, interpreted: bool) -> dict[str, Any]:
     """The constexprs that follow from target, dtype and widths."""
-    return {
-        "HEAD_DIM": head_dim,
-        "VALUE_DIM": value_dim,
-        "BLOCK_K": padded_dim(head_dim),
-        "BLOCK_V": padded_dim(value_dim),
-        "DOT": dot_type(dtype, interpreted),
-        "WIDE": wide_dot_type(dtype, interpreted),
-        "PRECISION": dot_precision(target, dtype),
-    }
+    widths = {"HEAD_DIM": head_dim, "VALUE_DIM": value_dim}
+    blocks = {"BLOCK_K": padded_dim(head_dim), "BLOCK_V": padded_dim(value_dim)}
+    return widths | blocks | dot_constants(target, dtype, interpreted)
 
 
 @lru_cache
