@@ -47,11 +47,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = {"trained": "attention_transfer.pt", "joint": "joint_distillation.pt"}
 # What a sentence encoder of sentence-transformers has beside the model; modules.json names further folders.
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
-POOLING_MODES = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "first",
-    "pooling_mode_lasttoken": "last",
-}
+# Its poolings, by their newer and older names, and ours.
+POOLING_MODES = {"mean": "mean", "mean_tokens": "mean", "cls": "first", "cls_token": "first", "lasttoken": "last"}
 SCALE_TOKENS = 4096  # from which the scale of the output projections is computed
 
 
@@ -492,7 +489,11 @@ def copy_sentence_encoder(args: SourceArguments, folder: Path) -> str | None:
         shutil.copytree(source / name, folder / name)
         if name.endswith("_Pooling"):
             modes = json.loads((source / name / "config.json").read_text(encoding="utf-8"))
-            poolings += [pooling for mode, pooling in POOLING_MODES.items() if modes.get(mode)]
+            poolings += [
+                pooling
+                for mode, pooling in POOLING_MODES.items()
+                if modes.get(f"pooling_mode_{mode}") or modes.get("pooling_mode") == mode
+            ]
     return poolings[0] if len(poolings) == 1 else None
 
 
