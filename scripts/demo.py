@@ -31,6 +31,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -42,6 +44,7 @@ from transnormer_hf.training.predictions import check_finite
 
 LABELS = ("rotten", "fresh")
 REVIEWS = Path("data", "rotten_tomatoes_corpus_full.csv.bz2")
+MAX_LENGTH = 64  # tokens
 DEFAULT_TEXTS = (
     "A warm, funny and beautifully acted film that stays with you for days.",
     "A dull, predictable mess that wastes a talented cast.",
@@ -152,17 +155,20 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def fine_tune(
-    train: Sequence[Review], test: Sequence[Review], tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
-) -> tuple[TransNormerForSequenceClassification, float]:
-    """Trains on the one list and returns the model with its accuracy on the other, which it never sees before."""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[Review],
+    test: Sequence[Review],
+    args: argparse.Namespace,
+) -> float:
+    """Trains on the one list and returns the accuracy on the other, which the model never sees before."""
 
     def encode(reviews: Sequence[Review]) -> Dataset:
-        encoded = tokenizer([review.text for review in reviews], truncation=True)
+        encoded = tokenizer([review.text for review in reviews], truncation=True, max_length=MAX_LENGTH)
         return Dataset.from_dict({**encoded, "labels": [review.label for review in reviews]})
 
-    set_seed(args.seed)
     trainer = Trainer(
-        model=build_model(tokenizer),
+        model=model,
         args=TrainingArguments(
             output_dir=str(args.output_dir),
             num_train_epochs=args.num_train_epochs,
@@ -185,7 +191,7 @@ def fine_tune(
         compute_metrics=accuracy,
     )
     trainer.train()
-    return trainer.model, trainer.evaluate()["eval_accuracy"]
+    return trainer.evaluate()["eval_accuracy"]
 
 
 def majority_accuracy(train: Sequence[Review], test: Sequence[Review]) -> float:
@@ -202,7 +208,7 @@ def tfidf_accuracy(train: Sequence[Review], test: Sequence[Review]) -> float:
     return float(classifier.score(features, [review.label for review in test]))
 
 
-def save(model: TransNormerForSequenceClassification, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes weights, configuration, code and tokenizer; a folder from an earlier run is replaced only at the end."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -222,6 +228,12 @@ def classify_in_fresh_process(folder: Path, texts: Sequence[str]) -> list[dict]:
     if result.returncode != 0:
         raise SystemExit(f"'{folder}' could not be loaded through trust_remote_code:\n{result.stderr}")
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def show_predictions(folder: Path, texts: Sequence[str]) -> None:
+    print(f"\nLoaded from {folder} in a new process through trust_remote_code, without this package:")
+    for text, prediction in zip(texts, classify_in_fresh_process(folder, texts), strict=True):
+        print(f"  {prediction['label']:<6}  {prediction['score']:.2f}  {text}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -248,8 +260,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for use, part in (("train", train), ("test", test)):
         print(f"{use:<5} {len(part):>6,} sentences on {len({review.film for review in part})} films")
 
-    tokenizer = train_tokenizer([review.text for review in train], vocab_size=8192, model_max_length=64)
-    model, model_accuracy = fine_tune(train, test, tokenizer, args)
+    tokenizer = train_tokenizer([review.text for review in train], vocab_size=8192, model_max_length=MAX_LENGTH)
+    set_seed(args.seed)
+    model = build_model(tokenizer)
+    model_accuracy = fine_tune(model, tokenizer, train, test, args)
     save(model, tokenizer, args.output_dir)
 
     print(f"\nAccuracy on the held-out films ({time.perf_counter() - start:.0f} s so far)")
@@ -257,10 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"  TF-IDF + logistic regression  {tfidf_accuracy(train, test):.1%}")
     print(f"  TransNormer T2, {model.num_parameters() / 1e6:.1f} M weights {model_accuracy:.1%}")
 
-    print(f"\nLoaded from {args.output_dir} in a new process through trust_remote_code, without this package:")
-    for text, prediction in zip(args.texts, classify_in_fresh_process(args.output_dir, args.texts), strict=True):
-        print(f"  {prediction['label']:<6}  {prediction['score']:.2f}  {text}")
-
+    show_predictions(args.output_dir, args.texts)
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Next:{NEXT_STEPS.format(output_dir=args.output_dir)}")
 
 

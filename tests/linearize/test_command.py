@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,20 +157,29 @@ def test_positions_beyond_the_source_s_are_measured_on_a_long_text(arguments, tm
     assert model(torch.arange(100)[None] % 300).last_hidden_state.shape == (1, 100, 16)
 
 
-def test_a_sentence_encoder_keeps_its_other_modules(arguments, make_source, tmp_path):
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode": "cls"}, "first"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "first"),  # two: that of a model without
+    ],
+)
+def test_a_sentence_encoder_keeps_its_other_modules(pooling, expected, arguments, make_source, tmp_path):
     source = make_source("bert")
     (source / "1_Pooling").mkdir()
-    (source / "1_Pooling" / "config.json").write_text("{}")
+    (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("not a module")
-    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize"}, {"path": "../outside"}]
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize"}, {"path": str(Path("..", "outside"))}]
     (source / "modules.json").write_text(json.dumps(modules))
     linearize(arguments(source, max_steps=0))
     out = tmp_path / "out"
     assert (out / "modules.json").read_text() == (source / "modules.json").read_text()
     assert (out / "1_Pooling" / "config.json").exists()
     assert not (out / "outside").exists()
+    assert TransNormerConfig.from_pretrained(out).pooling == expected  # of a classification head to come
 
 
 # ---- Resume ----

@@ -445,7 +445,7 @@ def build_linearized_card(
         results_note=results_note,
         loading_code=(
             f"from transformers import AutoTokenizer, {auto_class}\n\n"
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+            "tokenizer = " + _call("AutoTokenizer.from_pretrained", f'"{name}"') + "\n"
             "model = " + _call(f"{auto_class}.from_pretrained", f'"{name}"')
         ),
         output_note=f"The outputs are those of {source_name}, approximately.",

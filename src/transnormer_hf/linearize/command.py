@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = {"trained": "attention_transfer.pt", "joint": "joint_distillation.pt"}
 # What a sentence encoder of sentence-transformers has beside the model; modules.json names further folders.
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+# Its poolings, by their newer and older names, and ours.
+POOLING_MODES = {"mean": "mean", "mean_tokens": "mean", "cls": "first", "cls_token": "first", "lasttoken": "last"}
 SCALE_TOKENS = 4096  # from which the scale of the output projections is computed
 
 
@@ -436,9 +438,11 @@ def linearize(argv: Sequence[str] | None = None) -> dict[str, Any]:
         results["long"] = {"tokens": len(row), **compare(teacher, student, TextBatches([row], 1, padding, device))}
 
     with new_folder(output_dir) as folder:
+        pooling = copy_sentence_encoder(source_args, folder)
+        if pooling is not None and student.base_model is student:  # of a head to come
+            student.config.pooling = pooling
         student.cpu().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        copy_sentence_encoder(source_args, folder)
         results = update_results(folder, results)
         card = build_linearized_card(
             folder,
@@ -457,27 +461,40 @@ def linearize(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def copy_sentence_encoder(args: SourceArguments, folder: Path) -> None:
-    """Copy what makes a sentence encoder of a model (sentence-transformers): its pooling and other modules, if any."""
+def copy_sentence_encoder(args: SourceArguments, folder: Path) -> str | None:
+    """Copy what makes a sentence encoder of a model (sentence-transformers): its pooling and other modules, if any.
+
+    Returns:
+        The value of the configuration's `pooling` that does what its pooling does, None where there is none.
+    """
     source = Path(args.model_name_or_path)
     if not source.is_dir():
-        names = [*SENTENCE_ENCODER, "[0-9]*_*/*"]
         try:
-            options = {**args.hub_options, "allow_patterns": names}
-            source = Path(snapshot_download(args.model_name_or_path, **options))
+            patterns = [*SENTENCE_ENCODER, "[0-9]*_*/*"]
+            source = Path(snapshot_download(args.model_name_or_path, allow_patterns=patterns, **args.hub_options))
         except (OSError, HfHubHTTPError):  # offline, with the model in the cache
-            return
+            return None
     if not (source / "modules.json").is_file():
-        return
+        return None
+    for name in SENTENCE_ENCODER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    poolings = []
     for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
         name = Path(
             module["path"]
         ).name  # "" for the model itself; some modules, such as a normalisation, have no files
-        if name and (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
-    for name in SENTENCE_ENCODER:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        if not name or not (source / name).is_dir():
+            continue
+        shutil.copytree(source / name, folder / name)
+        if name.endswith("_Pooling"):
+            modes = json.loads((source / name / "config.json").read_text(encoding="utf-8"))
+            poolings += [
+                pooling
+                for mode, pooling in POOLING_MODES.items()
+                if modes.get(f"pooling_mode_{mode}") or modes.get("pooling_mode") == mode
+            ]
+    return poolings[0] if len(poolings) == 1 else None
 
 
 def license_of(args: SourceArguments) -> str | None:
@@ -508,7 +525,11 @@ def describe_results(results: Mapping[str, Any], layer_types: Sequence[str]) -> 
     columns = {"hidden_states": "error of the last hidden states", "perplexity": "perplexity"}
     columns = {measure: title for measure, title in columns.items() if measure in whole["teacher"]}
     students = [
-        [title, *(f"{whole[step][measure]:.4g}" for measure in columns), f"{minutes.get(step, 0):.1f}"]
+        [
+            title,
+            *(f"{whole[step][measure]:.4g}" for measure in columns),
+            f"{minutes[step]:.1f}" if step in minutes else "",
+        ]
         for step, title in STEPS.items()
         if step in whole
     ]
@@ -545,7 +566,7 @@ def describe_measures(results: Mapping[str, Any], source: str, max_seq_length: i
 def describe_learning(results: Mapping[str, Any], texts: TextArguments, args: LearningArguments) -> dict[str, Any]:
     """What it takes to repeat the run, by the names of the command line."""
     steps = results["steps"]
-    table = {
+    return {
         "max_steps": steps.get("trained", 0),
         "learning_rate": args.learning_rate,
         "joint_steps": steps.get("joint", 0),
@@ -556,4 +577,3 @@ def describe_learning(results: Mapping[str, Any], texts: TextArguments, args: Le
         "max_seq_length": texts.max_seq_length,
         "seed": args.seed,
     }
-    return table
