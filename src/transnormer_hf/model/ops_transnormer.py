@@ -533,8 +533,10 @@ def norm_backward(*arguments):
     if causal:
         before = first_states(query, value, initial_state, cu_seqlens)
         for rows in row_ranges(query, cu_seqlens):
-            before_tiles, grad_state = rows.states_before_tiles(before, states), grad_states[rows.states]
-            causal_backward(prepare, rows.tiles(tensors), before_tiles, grad_state, has_states, needs[5])
+            tiles, before_tiles = rows.tiles(tensors), rows.states_before_tiles(before, states)
+            for number in reversed(range(len(tiles))):
+                state, grad_state, update = before_tiles[number], grad_states[rows.states], number > 0 or needs[5]
+                causal_tile_backward(prepare, tiles[number], state, grad_state, update, has_states or len(tiles) > 1)
     elif needs_no_preparation(query, angles, padding, cu_seqlens, feature_map):
         whole = (query, key, value, grad_output, *grads[:3], states, grad_states)
         for q, k, v, do, dq, dk, dv, state, grad_state in zip(*whole, strict=True):
@@ -565,29 +567,27 @@ def bidirectional_backward(prepare, tiles, state, grad_state):
         prepare.backward(v @ grad_state.mT, mapped, k, tile, into=tile.grad_key)
 
 
-def causal_backward(prepare, tiles, before_tiles, grad_state, has_states, needs_grad_state):
-    """From the last tile to the first: dQ takes the state before each chunk, dK and dV the gradient of the one behind.
+def causal_tile_backward(prepare, tile, state, grad_state, update, has_states):
+    """One tile, from the last to the first: dQ takes the state before each chunk, dK and dV the gradient of the next.
 
-    before_tiles: the states as the forward pass kept them (to subtract k^T v from the last would lose digits).
-    grad_state: of the state behind the last tile; that of the first state takes its place, if `needs_grad_state`.
-    has_states: False if the first state and the gradient of the last are zero.
+    state: before the tile, as the forward pass kept it (to subtract k^T v from the last would lose digits).
+    grad_state: of the state behind the tile, moved on to the one before it if `update`. has_states: False if both are
+    zero. (A function, so that the next tile finds the memory of this one free, and in the cache.)
     """
-    for number, tile in reversed(list(enumerate(tiles))):
-        q, mapped_query = prepare.states(tile.query, tile.rotation)
-        k, mapped_key = prepare.states(tile.key, tile.rotation, tile.padding)
-        v, do = prepare.values(tile.value, tile.padding), prepare.values(tile.grad_output)
-        dv = (q @ k.mT).tril_().mT @ do  # (chunks, rows, heads, chunk, value_dim)
-        grad_scores = (do @ v.mT).tril_()  # (chunks, rows, heads, chunk, chunk)
-        dq, dk = grad_scores @ k, grad_scores.mT @ q  # (chunks, rows, heads, chunk, head_dim)
-        if has_states or len(tiles) > 1 or len(k) > 1:
-            add_product(dq, do, states_before(before_tiles[number], k, v).mT)
-            after = grad_state if number > 0 or needs_grad_state else None
-            grad_states = states_before(grad_state, q, do, after, reverse=True)
-            add_product(dk, v, grad_states.mT)
-            add_product(dv, k, grad_states)
-        prepare.backward(dq, mapped_query, q, tile, into=tile.grad_query)
-        prepare.backward(dk, mapped_key, k, tile, into=tile.grad_key)
-        tile.grad_value.copy_(dv)
+    q, mapped_query = prepare.states(tile.query, tile.rotation)
+    k, mapped_key = prepare.states(tile.key, tile.rotation, tile.padding)
+    v, do = prepare.values(tile.value, tile.padding), prepare.values(tile.grad_output)
+    dv = (q @ k.mT).tril_().mT @ do  # (chunks, rows, heads, chunk, value_dim)
+    grad_scores = (do @ v.mT).tril_()  # (chunks, rows, heads, chunk, chunk)
+    dq, dk = grad_scores @ k, grad_scores.mT @ q  # (chunks, rows, heads, chunk, head_dim)
+    if has_states or len(k) > 1:
+        add_product(dq, do, states_before(state, k, v).mT)
+        grad_states = states_before(grad_state, q, do, after=grad_state if update else None, reverse=True)
+        add_product(dk, v, grad_states.mT)
+        add_product(dv, k, grad_states)
+    prepare.backward(dq, mapped_query, q, tile, into=tile.grad_query)
+    prepare.backward(dk, mapped_key, k, tile, into=tile.grad_key)
+    tile.grad_value.copy_(dv)
 
 
 chunked_norm_forward = differentiable(
