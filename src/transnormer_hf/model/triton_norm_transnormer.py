@@ -102,9 +102,9 @@ def find_tile(
 def token_mask(mask_ptr, batch, seq_len, start, end, BLOCK_T: tl.constexpr):
     """True for the tokens start, start + 1, ... before `end` that are real: (BLOCK_T,)."""
     tokens = tl.arange(0, BLOCK_T)
-    mask = tokens < end - start
+    mask = tokens < end - start  # written like this, no float32 kernel spills registers
     if mask_ptr is not None:
-        mask &= tl.load(mask_ptr + (batch.to(tl.int64) * seq_len + start) + tokens, mask=mask, other=0) != 0
+        mask &= tl.load(mask_ptr + batch.to(tl.int64) * seq_len + (start + tokens), mask=mask, other=0) != 0
     return mask
 
 
