@@ -6,6 +6,8 @@
 #   make test      the quick tests        make test-all   also the slow ones
 #   make quality   lint and type-check    make style      apply the formatter
 #   make bench     measure the ops and the models
+#   make check-gpu check and time the kernels on a GPU, in eight minutes, with the torch, triton and transformers of
+#                  $(PYTHON); nothing is installed
 #
 #   make test-latest    the contract tests on the newest of everything
 #   make test-versions  the contract tests on every supported release; writes docs/compatibility.md (about an hour)
@@ -36,7 +38,7 @@ endif
 
 READY := .venv/ready
 
-.PHONY: demo demo-pretrained test test-all test-latest test-versions constraints quality style bench clean
+.PHONY: demo demo-pretrained test test-all test-latest test-versions constraints quality style bench check-gpu clean
 .DELETE_ON_ERROR:
 
 # Threads that wait for each other spin for some 50 µs and then sleep. Spinning longer makes each step 10 times slower on
@@ -81,6 +83,9 @@ bench: $(READY)
 	mkdir -p outputs/bench
 	.venv/bin/python scripts/benchmark_ops.py --output outputs/bench/ops.json --plot outputs/bench/ops.png
 	.venv/bin/python scripts/benchmark_model.py
+
+check-gpu:
+	PYTHONPATH=src $(PYTHON) scripts/check_gpu.py --output check_gpu.json
 
 clean:
 	rm -rf .venv .venv-latest .venvs outputs .mypy_cache .pytest_cache .ruff_cache

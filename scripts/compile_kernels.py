@@ -49,7 +49,7 @@ DTYPES = ("bf16", "fp16", "fp32")
 # itself would take; the two that are used most are also compiled as they are, in all variants.
 HEAD_DIMS = (8, 24, 40, 64, 96, 128, 200)
 ALL_VARIANTS = (64, 128)
-TILE_SIZES = ("BLOCK_T", "PARTS", "TILE", "CHUNK", "BLOCK", "BLOCK_ROWS", "BLOCK_WIDTH")  # constexprs that a table sets
+TILE_SIZES = ("BLOCK_T", "HALVES", "TILE", "CHUNK", "BLOCK", "BLOCK_ROWS", "BLOCK_WIDTH")  # constexprs of a table
 
 
 class Target(NamedTuple):

@@ -341,7 +341,7 @@ def test_another_batch_size_than_that_of_the_state_is_refused():
 def test_reset_begins_anew_with_any_batch(is_compileable, mix):
     model = tiny_model(mix)
     input_ids, attention_mask = padded_batch(9)
-    cache = TransNormerCache(model.config, is_compileable, max_length=12)
+    cache = TransNormerCache(model.config, is_compileable)
     for rows in (slice(0, 3), slice(1, 3), slice(0, 3), slice(0, 3)):
         expected = run(model, input_ids[rows], TransNormerCache(model.config), attention_mask[rows], [7, 2])
         torch.testing.assert_close(run(model, input_ids[rows], cache, attention_mask[rows], [7, 2]), expected)
@@ -433,7 +433,7 @@ def test_a_cache_of_transformers_is_adopted(make, mix):
     with torch.no_grad():
         output = model(input_ids[:, :6], past_key_values=cache)
     assert output[CACHE_NAME] is cache
-    assert cache.is_compileable == is_static
+    assert cache.is_compileable == (is_static and "full" not in mix)
     expected = run(model, input_ids, TransNormerCache(model.config))[:, 6:]
     torch.testing.assert_close(run(model, input_ids, cache, chunks=[1, 2]), expected)
 

@@ -49,7 +49,8 @@ def test_every_cache_implementation(options, mix):
         output = model.generate(input_ids, max_new_tokens=new_tokens, return_dict_in_generate=True, **options)
         assert output.sequences.equal(expected_ids(model, input_ids, new_tokens))
         assert isinstance(output[CACHE_NAME], TransNormerCache)
-        assert output[CACHE_NAME].is_compileable == (options["cache_implementation"] == "static")
+        is_compileable = options["cache_implementation"] == "static" and "full" not in mix  # whose state grows
+        assert output[CACHE_NAME].is_compileable == is_compileable
 
 
 def test_a_quantized_cache_is_refused():

@@ -20,8 +20,8 @@ from transnormer_hf.model import triton_common_transnormer, triton_norm_transnor
 from transnormer_hf.model.ops_transnormer import diag_attention, norm_attention
 from transnormer_hf.model.reference_transnormer import LRPE, AttentionMetadata
 from transnormer_hf.model.triton_common_transnormer import _rms_norm
-from transnormer_hf.model.triton_diag_transnormer import _diag_attention
-from transnormer_hf.model.triton_norm_transnormer import _norm_attention, segment_table
+from transnormer_hf.model.triton_diag_transnormer import DiagInputs, _diag_attention
+from transnormer_hf.model.triton_norm_transnormer import NormInputs, _norm_attention, segment_table
 
 BOTH = pytest.mark.parametrize("causal", [False, True])
 SOURCE = Path(transnormer_hf.__file__).parent / "model"
@@ -82,6 +82,16 @@ def test_opcheck_simple_rms_norm():
     with torch.no_grad():
         normed, rms = _rms_norm(hidden_states, 1e-8)
     torch.library.opcheck(_rms_norm.backward_operator, (torch.randn(3, 5, 24), normed, rms, 1e-8))
+
+
+@pytest.mark.parametrize(
+    ("attention", "fields"), [(_norm_attention, NormInputs._fields), (_diag_attention, DiagInputs._fields)]
+)
+def test_operators_take_the_fields_of_their_inputs(attention, fields):
+    """By name, in order, last: what is saved for the backward pass is handed to its operator by position."""
+    for operator in (attention.operator, attention.backward_operator):
+        names = [argument.name for argument in operator._opoverload._schema.arguments]
+        assert names[-len(fields) :] == list(fields)
 
 
 # torch.compile

@@ -56,8 +56,8 @@ class NewTokens(NamedTuple):
     with_past: metadata of these slots followed by the new tokens, block_size + seq columns padded on the left.
     columns: (batch, keys) column of the text where each key stands, for attention maps: of every slot at a step, of
         `with_past` else. seen: columns of the text so far.
-    key_slots, visible_keys, key_columns: for full attention, where new keys go (seq,), which of all keys each token
-        sees (batch, 1, seq, keys), None where it is the causal triangle, and the columns of these keys (batch, keys).
+    visible_keys, key_columns: for full attention, which of all keys each token sees (batch, 1, seq, keys), None where
+        it is the causal triangle, and the columns of these keys (batch, keys).
     What belongs to an attention that the model does not have is None, and so are `past_slots` and `with_past` at
     prefill.
     """
@@ -73,7 +73,6 @@ class NewTokens(NamedTuple):
     with_past: AttentionMetadata | None = None
     columns: torch.Tensor | None = None
     seen: torch.Tensor | None = None
-    key_slots: torch.Tensor | None = None
     visible_keys: torch.Tensor | None = None
     key_columns: torch.Tensor | None = None
 
@@ -120,17 +119,17 @@ class Progress(Recorded):
         "is_filled", see `NewTokens.visible`, and "columns", where in the text the token stands; and for the keys of
         full attention (batch, keys), "key_positions" from 1 on, 0 where no real token stands, and "key_columns".
     history: positions, which of them are real, and columns, (batch, seq) each.
-    block_size: None in a model without DiagAttention. capacity: number of keys that full attention has room for, 0 if
-        it grows, None in a model without.
+    block_size: None in a model without DiagAttention. has_full_attention: whether there are such keys.
     """
 
-    def __init__(self, block_size: int | None, capacity: int | None = None) -> None:
+    def __init__(self, block_size: int | None, has_full_attention: bool = False) -> None:
         super().__init__()
-        self.block_size, self.capacity = block_size, capacity
+        self.block_size, self.has_full_attention = block_size, has_full_attention
         self.has_begun = False
         self.is_contiguous = True  # of all recorded tokens
         self.seen = _zeros(dtype=torch.long, device=torch.device("cpu"))
-        self.rollback: Rollback | None = None
+        # what `crop` leaves: the number of all columns, and slices of the recorded ones to take in again
+        self.rollback: tuple[int, list[tuple[slice, NewTokens]]] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -149,9 +148,9 @@ class Progress(Recorded):
             if self.block_size is not None:
                 self.tensors["is_filled"] = _zeros(batch_size, self.block_size + 1, dtype=torch.bool, device=device)
                 self.tensors["columns"] = _zeros(batch_size, self.block_size + 1, dtype=torch.long, device=device)
-            if self.capacity is not None:
+            if self.has_full_attention:
                 for name in ("key_positions", "key_columns"):
-                    self.tensors[name] = _zeros(batch_size, self.capacity, dtype=torch.long, device=device)
+                    self.tensors[name] = _zeros(batch_size, 0, dtype=torch.long, device=device)
 
     def advance(self, metadata: AttentionMetadata, is_recorded: bool, columns: torch.Tensor | None = None) -> NewTokens:
         """Moves every row past these tokens and says where they go. columns: (batch, seq), of the text."""
@@ -167,8 +166,8 @@ class Progress(Recorded):
         tokens = NewTokens(metadata, not self.has_begun, is_step, is_recorded, has_grad, seen=self.seen)
         if self.block_size is not None:
             tokens = self._assign_slots(tokens, self.block_size, columns)
-        if self.capacity is not None:
-            tokens = self._show_keys(tokens, self.capacity, columns)
+        if self.has_full_attention:
+            tokens = self._show_keys(tokens, columns)
         self.tensors["lengths"].copy_(self._length_after(metadata))
         self.seen.add_(positions.shape[1])
         self.has_begun = True
@@ -208,24 +207,18 @@ class Progress(Recorded):
             tokens = tokens._replace(columns=self.tensors["columns"])
         return tokens._replace(slots=slots, visible=visible[:, None, None, :])
 
-    def _show_keys(self, tokens: NewTokens, capacity: int, columns: torch.Tensor) -> NewTokens:
+    def _show_keys(self, tokens: NewTokens, columns: torch.Tensor) -> NewTokens:
         """Counts the new tokens among the keys of full attention: each sees the real ones up to its own position."""
         positions, is_real = tokens.metadata.positions, tokens.metadata.is_real  # (batch, seq)
-        slots = self.seen + torch.arange(positions.shape[1], device=positions.device)  # (seq,)
         key_positions = positions + 1 if is_real is None else (positions + 1).masked_fill(~is_real, 0)
-        new = {"key_positions": key_positions, "key_columns": columns}
-        for name, tensor in new.items():
-            if capacity:
-                self.tensors[name].index_copy_(1, slots, tensor)
-            else:
-                self.tensors[name] = torch.cat((self.tensors[name], tensor), 1)
-        keys = new if tokens.is_prefill else self.tensors
+        for name, new in (("key_positions", key_positions), ("key_columns", columns)):
+            self.tensors[name] = torch.cat((self.tensors[name], new), 1)
         visible = None
         if not tokens.is_prefill or is_real is not None:
-            of_keys = keys["key_positions"][:, None, None, :]  # (batch, 1, 1, keys)
+            of_keys = self.tensors["key_positions"][:, None, None, :]  # (batch, 1, 1, keys)
             visible = (of_keys > 0) & (of_keys <= positions[:, None, :, None] + 1)
             visible = visible | ~visible.any(-1, keepdim=True)  # a padding token may see nothing: it sees all, not NaN
-        return tokens._replace(key_slots=slots, visible_keys=visible, key_columns=keys["key_columns"])
+        return tokens._replace(visible_keys=visible, key_columns=self.tensors["key_columns"])
 
     def _length_after(self, metadata: AttentionMetadata) -> torch.Tensor:
         """(batch,) positions taken after these tokens. Padding takes none where positions were given."""
@@ -269,23 +262,13 @@ class Progress(Recorded):
             if is_recorded:
                 self.base = _clone(self.tensors)
             replays.append((part, self.advance(metadata, is_recorded, of_text[:, part])))
-        self.rollback = Rollback(num_columns, replays)
+        self.rollback = num_columns, replays
 
     def reset(self) -> None:
         super().reset()
         self.has_begun = False
         self.seen.zero_()
-        if self.capacity == 0:
-            self.tensors |= {
-                name: self.tensors[name][:, :0] for name in ("key_positions", "key_columns") if self.tensors
-            }
-
-
-class Rollback(NamedTuple):
-    """What `crop` leaves: all columns, and of the recorded ones the slices of the history to take in again."""
-
-    num_columns: int
-    replays: list[tuple[slice, NewTokens]]
+        self.tensors |= {name: tensor[:, :0] for name, tensor in self.tensors.items() if name.startswith("key_")}
 
 
 class AttentionState(Recorded):
@@ -297,8 +280,6 @@ class AttentionState(Recorded):
 
     allocate: Callable[..., None]
     write: Callable[..., None]
-
-    capacity = 0  # of a static cache with full attention
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,11 +310,11 @@ class AttentionState(Recorded):
             self.tensors = _clone(self.tensors)
         self.is_saved = is_saved
 
-    def roll_back(self, rollback: Rollback) -> None:
+    def roll_back(self, num_columns: int, replays: list[tuple[slice, NewTokens]]) -> None:
         self._detach_from_autograd()
         key, value = (torch.cat(parts, 2) for parts in zip(*self.history, strict=True))
         self.restore_base()
-        for columns, tokens in rollback.replays:
+        for columns, tokens in replays:
             if tokens.is_recorded:
                 self.base = _clone(self.tensors)
             self.append(key[:, :, columns], value[:, :, columns], tokens)
@@ -394,39 +375,25 @@ class DiagAttentionState(AttentionState):
 
 
 class FullAttentionState(AttentionState):
-    """keys, values: (batch, heads, keys, head_dim) of all tokens, rotated, in the dtype of the model: this state grows.
+    """keys, values: (batch, heads, tokens, head_dim) of all tokens so far, keys rotated, in the dtype of the model.
 
-    capacity: number of keys of a static cache, which is written in place and does not grow; 0 for any other.
+    This state grows. Nothing is recorded for `crop`, which only has to cut off the last keys.
     """
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity = capacity
 
     def allocate(self, batch_size, num_heads, head_dim, dtype, device):
         for name in ("keys", "values"):
-            self.tensors[name] = _zeros(batch_size, num_heads, self.capacity, head_dim, dtype=dtype, device=device)
+            self.tensors[name] = _zeros(batch_size, num_heads, 0, head_dim, dtype=dtype, device=device)
 
     def append(self, key, value, tokens, new_state=None):
-        """Nothing is recorded for `crop`, which only has to cut off the last keys."""
-        key, value = key.detach(), value.detach()
-        if not self.tensors:
-            self.allocate(key.shape[0], key.shape[1], key.shape[3], key.dtype, key.device)
-        self._detach_from_autograd(tokens.has_grad and self.capacity > 0)
-        for name, new in (("keys", key), ("values", value)):
-            if self.capacity:
-                self.tensors[name].index_copy_(2, tokens.key_slots, new.to(self.tensors[name].dtype))
-            else:
-                self.tensors = self.tensors | {name: torch.cat((self.tensors[name], new), 2)}
+        past = self.tensors or {"keys": key[:, :, :0], "values": value[:, :, :0]}
+        new = {"keys": key.detach(), "values": value.detach()}
+        self.tensors = {name: torch.cat((past[name].to(new[name].dtype), new[name]), 2) for name in past}
 
-    def roll_back(self, rollback):
-        if not self.capacity:
-            self.tensors = _map(lambda tensor: tensor[:, :, : rollback.num_columns], self.tensors)
+    def roll_back(self, num_columns, replays):
+        self.tensors = _map(lambda tensor: tensor[:, :, :num_columns], self.tensors)
 
     def reset(self):
-        super().reset()
-        if not self.capacity:
-            self.tensors = {}
+        self.tensors = {}
 
 
 class StateUpdate:
@@ -462,8 +429,6 @@ class StateUpdate:
             return new
         if self.is_done and not self.tokens.has_grad:
             return self.state.tensors[name].to(new.dtype)
-        if self.state.capacity:
-            return self.past[name].to(new.dtype).index_copy(2, self.tokens.key_slots, new)
         return torch.cat((self.past[name].to(new.dtype), new), 2)
 
     def attention_map(self, weights: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -506,7 +471,7 @@ class TransNormerCacheLayer(CacheLayerMixin):
             self.progress.roll_back(tokens_to_remove)
         if self.progress.rollback is not None:
             for state in self.states:
-                state.roll_back(self.progress.rollback)
+                state.roll_back(*self.progress.rollback)
 
     def reset(self) -> None:
         """Back to the beginning; the tensors stay where they are, for a compiled step."""
@@ -543,8 +508,8 @@ class TransNormerCacheLayer(CacheLayerMixin):
         return int(self.progress.seen)
 
     def get_max_length(self) -> int:
-        """-1: there is no maximum, but for a static cache with full attention."""
-        return self.progress.capacity or -1
+        """-1: there is no maximum."""
+        return -1
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.14
 
@@ -563,23 +528,18 @@ class TransNormerCacheLayer(CacheLayerMixin):
         raise NotImplementedError("A TransNormer state takes tokens in by `receive`, not keys and values by `update`.")
 
 
-def make_layers(
-    config: PreTrainedConfig, is_compileable: bool = False, max_length: int | None = None
-) -> list[TransNormerCacheLayer]:
-    """An empty state for each layer of a model; the arguments are those of `TransNormerCache`."""
-    kinds, capacity = set(config.layer_types), max_length or 0
-    if is_compileable and "full_attention" in kinds and max_length is None:
-        raise ValueError("is_compileable=True with a full_attention layer needs max_length, the room for its keys.")
+def make_layers(config: PreTrainedConfig, is_compileable: bool = False) -> list[TransNormerCacheLayer]:
+    """An empty state for each layer of a model; one that grows is not compileable."""
+    kinds = set(config.layer_types)
     new_states: dict[str, Callable[[], tuple[AttentionState, ...]]] = {
         "linear_attention": lambda: (NormAttentionState(),),
         "chunked_attention": lambda: (DiagAttentionState(config.block_size),),
         "hybrid": lambda: (DiagAttentionState(config.block_size), NormAttentionState()),
-        "full_attention": lambda: (FullAttentionState(capacity),),
+        "full_attention": lambda: (FullAttentionState(),),
     }
-    progress = Progress(
-        config.block_size if kinds & {"chunked_attention", "hybrid"} else None,
-        capacity if "full_attention" in kinds else None,
-    )
+    has_full_attention = "full_attention" in kinds
+    progress = Progress(config.block_size if kinds & {"chunked_attention", "hybrid"} else None, has_full_attention)
+    is_compileable = is_compileable and not has_full_attention
     return [
         TransNormerCacheLayer(new_states[layer_type](), progress, index == 0, is_compileable)
         for index, layer_type in enumerate(config.layer_types)
@@ -602,14 +562,14 @@ class TransNormerCache(Cache):
 
     Args:
         config: Configuration of the model.
-        is_compileable: Whether `generate` may compile the decoding step; `cache_implementation="static"` sets it.
-        max_length: Number of columns that a compiled step has room for, needed by full attention alone.
+        is_compileable: Whether `generate` may compile the decoding step; `cache_implementation="static"` sets it. A
+            model with a layer of full attention, whose state grows, is not compiled.
     """
 
     layers: list[TransNormerCacheLayer]
 
-    def __init__(self, config: PreTrainedConfig, is_compileable: bool = False, max_length: int | None = None):
-        super().__init__(layers=make_layers(config, is_compileable, max_length))
+    def __init__(self, config: PreTrainedConfig, is_compileable: bool = False):
+        super().__init__(layers=make_layers(config, is_compileable))
         self.fingerprint = {field: getattr(config, field) for field in FINGERPRINT_FIELDS}
 
     def activate_past_recording(self) -> None:
@@ -620,12 +580,8 @@ class TransNormerCache(Cache):
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         return self.layers[0].progress.has_begun
 
-    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Moves a layer's state to the CPU."""
-        self.layers[layer_idx].offload()
-
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Moves it back to the device of the tokens."""
+        """Moves a layer's state, which `offload` has moved to the CPU, back to the device of the tokens."""
         self.layers[layer_idx].prefetch()
 
     @property
@@ -760,17 +716,10 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
             f"the cache is a {type(cache).__name__} that holds keys and values of another kind; begin with an empty "
             "TransNormerCache(model.config)."
         )
-    new_layers = make_layers(config, isinstance(cache, StaticCache), static_length(cache))
+    new_layers = make_layers(config, is_compileable=isinstance(cache, StaticCache))
     for old, new in zip(layers, new_layers, strict=True):
         new.record_past = getattr(old, "record_past", False)
     cache.layers[:] = new_layers
-
-
-def static_length(cache: Cache) -> int | None:
-    """Number of tokens that a `StaticCache` was made for, None for any other cache."""
-    if not isinstance(cache, StaticCache):
-        return None
-    return max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)
 
 
 def _has_tokens(layer: Any) -> bool:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # The release of this package that these files belong to; `save_pretrained` records it beside the code that it writes.
-CODE_VERSION = "0.2.0"
+CODE_VERSION = "0.3.0"
 
 # Both attentions of each variant: T1 pairs relu blocks with phi = elu, T2 softmax blocks
 # with phi = 1 + elu.
@@ -63,15 +63,11 @@ DERIVED_FIELDS = (
 )
 
 # One repository serves every head, whichever was saved last.
+HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 AUTO_MAP = {
     "AutoConfig": "configuration_transnormer.TransNormerConfig",
     "AutoModel": "modeling_transnormer.TransNormerModel",
-    "AutoModelForCausalLM": "modeling_transnormer.TransNormerForCausalLM",
-    "AutoModelForMaskedLM": "modeling_transnormer.TransNormerForMaskedLM",
-    "AutoModelForSequenceClassification": "modeling_transnormer.TransNormerForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_transnormer.TransNormerForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_transnormer.TransNormerForQuestionAnswering",
-    "AutoModelForMultipleChoice": "modeling_transnormer.TransNormerForMultipleChoice",
+    **{f"AutoModelFor{head}": f"modeling_transnormer.TransNormerFor{head}" for head in HEADS},
 }
 
 

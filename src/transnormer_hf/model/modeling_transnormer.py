@@ -33,7 +33,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive, static_length
+from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive
 from .configuration_transnormer import CACHE_NAME, TransNormerConfig
 from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm, with_segments
 from .reference_transnormer import (
@@ -44,11 +44,11 @@ from .reference_transnormer import (
     attention_metadata,
     compute_dtype,
     diag_attention_map,
+    hidden_keys,
     norm_attention_map,
     positioned_metadata,
     prepare_query_key,
     rotation_table,
-    visible_keys,
     zero_padding,
 )
 
@@ -330,9 +330,11 @@ class TransNormerFullAttention(TransNormerDiagAttention):
 
     def attend(self, query, key, value, metadata, lrpe, state):
         query, key = (states.to(value.dtype) for states in self.rotate(query, key, metadata, lrpe))
-        if state is None:
-            visible = visible_keys(metadata, self.options["causal"])
-        else:
+        visible = None
+        if state is None and (metadata.is_real is not None or metadata.sequence_ids is not None):
+            hidden = hidden_keys(metadata, self.options["causal"])
+            visible = ~hidden | hidden.all(-1, keepdim=True)  # a padding token may see nothing: it sees all, not NaN
+        elif state is not None:
             state.append(key, value)
             key, value = state.with_new("keys", key), state.with_new("values", value)
             visible = state.tokens.visible_keys
@@ -422,21 +424,15 @@ class TransNormerLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         # (batch, seq, hidden_size) throughout
-        residual = hidden_states
-        if self.is_pre_norm:
-            hidden_states = self.attention_norm(hidden_states)
-        hidden_states, _ = self.self_attn(hidden_states, metadata, state, **kwargs)
-        hidden_states = residual + self.dropout(hidden_states)
+        branch = self.attention_norm(hidden_states) if self.is_pre_norm else hidden_states
+        branch, _ = self.self_attn(branch, metadata, state, **kwargs)
+        hidden_states = hidden_states + self.dropout(branch)
         if not self.is_pre_norm:
             hidden_states = self.attention_norm(hidden_states)
 
-        residual = hidden_states
-        if self.is_pre_norm:
-            hidden_states = self.feed_forward_norm(hidden_states)
-        hidden_states = residual + self.dropout(self.feed_forward(hidden_states))
-        if not self.is_pre_norm:
-            hidden_states = self.feed_forward_norm(hidden_states)
-        return hidden_states
+        branch = self.feed_forward_norm(hidden_states) if self.is_pre_norm else hidden_states
+        hidden_states = hidden_states + self.dropout(self.feed_forward(branch))
+        return hidden_states if self.is_pre_norm else self.feed_forward_norm(hidden_states)
 
 
 class TransNormerPositions(nn.Module):
@@ -603,14 +599,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
             hidden_states = layer(hidden_states, metadata=metadata, state=state, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
-    def _metadata(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        cu_seqlens: torch.Tensor | None,
-    ) -> AttentionMetadata:
+    def _metadata(self, inputs_embeds, attention_mask, position_ids, cache, cu_seqlens):
         """Where the tokens stand, from whichever description of padding or packing was given."""
         batch_size, seq_len, _ = inputs_embeds.shape
         lengths = cache_lengths(cache)
@@ -791,7 +780,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             adopt_cache(cache, self.config)
         else:  # a TransNormerCache, so that what `generate` returns can be saved
             must_record = must_record or any(getattr(layer, "record_past", False) for layer in cache.layers)
-            cache = TransNormerCache(self.config, isinstance(cache, StaticCache), static_length(cache))
+            cache = TransNormerCache(self.config, is_compileable=isinstance(cache, StaticCache))
             model_kwargs[CACHE_NAME] = cache
         if is_assisted and generation_config.output_attentions and set(self.config.layer_types) == {"linear_attention"}:
             raise ValueError(
@@ -881,13 +870,9 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds=inputs_embeds,
-            token_type_ids=token_type_ids,
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids,
             **kwargs,
-        )
+        )  # fmt: skip
         logits = self.lm_head(outputs.last_hidden_state)  # (batch, seq, vocab_size)
         loss = None
         if labels is not None:
@@ -924,17 +909,16 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, pooli
     for a row of padding pooled by "mean".
     """
     if attention_mask is None:
-        if pooling == "mean":
-            return hidden_states.mean(1)
-        return hidden_states[:, 0 if pooling == "first" else -1]
-    is_real = attention_mask.to(hidden_states.dtype)  # (batch, seq)
+        attention_mask = torch.ones_like(hidden_states[..., 0])
+    is_real = attention_mask.bool()  # (batch, seq)
     if pooling == "mean":
-        total = (hidden_states * is_real[..., None]).sum(1)
-        return total / is_real.sum(1, keepdim=True).clamp(min=1)
+        wide = compute_dtype(hidden_states.dtype)  # a sum over a long text leaves the range of float16
+        total = hidden_states.masked_fill(~is_real[..., None], 0).sum(1, dtype=wide)
+        return (total / is_real.sum(1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
     if pooling == "first":
-        token = is_real.argmax(1)  # (batch,)
+        token = is_real.int().argmax(1)  # (batch,)
     else:
-        token = is_real.shape[1] - 1 - is_real.flip(1).argmax(1)
+        token = is_real.shape[1] - 1 - is_real.int().flip(1).argmax(1)
     return hidden_states.gather(1, token[:, None, None].expand(-1, 1, hidden_states.shape[-1])).squeeze(1)
 
 
@@ -1093,12 +1077,7 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
 
 
 __all__ = [
-    "TransNormerForCausalLM",
-    "TransNormerForMaskedLM",
-    "TransNormerForMultipleChoice",
-    "TransNormerForQuestionAnswering",
-    "TransNormerForSequenceClassification",
-    "TransNormerForTokenClassification",
-    "TransNormerModel",
-    "TransNormerPreTrainedModel",
-]
+    "TransNormerForCausalLM", "TransNormerForMaskedLM", "TransNormerForMultipleChoice",
+    "TransNormerForQuestionAnswering", "TransNormerForSequenceClassification", "TransNormerForTokenClassification",
+    "TransNormerModel", "TransNormerPreTrainedModel",
+]  # fmt: skip

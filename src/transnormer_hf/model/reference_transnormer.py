@@ -23,9 +23,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# What queries and keys go through
-
-
 def apply_feature_map(hidden_states: torch.Tensor, feature_map: str) -> torch.Tensor:
     """phi of NormAttention, elementwise: `"elu"` in T1 (it may be negative), `"1+elu"` in T2 (positive).
 
@@ -69,10 +66,7 @@ def apply_lrpe(hidden_states: torch.Tensor, positions: torch.Tensor, lrpe: LRPE)
 
 
 def rotation_table(positions: torch.Tensor, theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of `positions · theta`, in the dtype of `theta`.
-
-    positions: integers of any shape; theta: (head_dim / 2,). Returns two tensors (*positions.shape, head_dim / 2).
-    """
+    """cos and sin of `rotation_angles`: two tensors (*positions.shape, head_dim / 2)."""
     angles = rotation_angles(positions, theta)
     return angles.cos(), angles.sin()
 
@@ -80,15 +74,12 @@ def rotation_table(positions: torch.Tensor, theta: torch.Tensor) -> tuple[torch.
 def rotation_angles(positions: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     """`positions · theta` modulo one turn: (*positions.shape, head_dim / 2) in the dtype of `theta`.
 
-    The reduction is done in float64: the bare product, rounded to float32, would be off by 0.008 rad at position
-    131,072. (MPS has no float64; there the product is float32.)
+    positions: integers of any shape; theta: (head_dim / 2,). The reduction is done in float64 (except on MPS, which has
+    none): the bare product, rounded to float32, would be off by 0.008 rad at position 131,072.
     """
     wide = torch.float32 if theta.device.type == "mps" else torch.float64
     turns = positions.to(wide)[..., None] * (theta.to(wide) / (2 * torch.pi))
     return ((turns - turns.detach().floor()) * (2 * torch.pi)).to(theta.dtype)
-
-
-# Positions, padding and packing
 
 
 class AttentionMetadata(NamedTuple):
@@ -115,13 +106,9 @@ class AttentionMetadata(NamedTuple):
 
 
 def attention_metadata(
-    batch_size: int,
-    seq_len: int,
-    device: torch.device,
-    attention_mask: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    position_offset: int | torch.Tensor = 0,
-) -> AttentionMetadata:
+    batch_size: int, seq_len: int, device: torch.device, attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None, position_offset: int | torch.Tensor = 0,
+) -> AttentionMetadata:  # fmt: skip
     """The metadata of a batch, computed on the device: the host reads no value and never waits.
 
     attention_mask: (batch, seq), 1 for real tokens. Zeros in front of the first real token of a row move the start of
@@ -146,19 +133,18 @@ def attention_metadata(
             position_offset = F.pad(position_offset, (0, 1))[sequence_ids]
         return AttentionMetadata(positions + position_offset, None, sequence_ids, cu_seqlens)
 
-    offset = position_offset
-    if isinstance(offset, torch.Tensor) and offset.dim() == 1:
-        offset = offset[:, None]
+    if isinstance(position_offset, torch.Tensor) and position_offset.dim() == 1:
+        position_offset = position_offset[:, None]
     if attention_mask is None:
-        return AttentionMetadata(columns + offset)
+        return AttentionMetadata(columns + position_offset)
     if attention_mask.shape != (batch_size, seq_len):
         supported = f"(batch, seq) = {(batch_size, seq_len)} with 1 for real tokens and 0 for padding"
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; supported is {supported}.")
     is_real = attention_mask.bool()
     leading = count_leading_padding(is_real)[:, None]  # (batch, 1)
-    if isinstance(offset, torch.Tensor):  # multiplied: an offset on the device must not be read by the host
-        return AttentionMetadata(columns - leading * (offset == 0) + offset, is_real)
-    return AttentionMetadata(columns - leading if offset == 0 else columns + offset, is_real)
+    if isinstance(position_offset, torch.Tensor):  # multiplied: the host must not read an offset on the device
+        return AttentionMetadata(columns - leading * (position_offset == 0) + position_offset, is_real)
+    return AttentionMetadata(columns - leading if position_offset == 0 else columns + position_offset, is_real)
 
 
 def positioned_metadata(
@@ -183,10 +169,8 @@ def positioned_metadata(
     follows = is_real | (rank < 0) if has_cache else is_real | (rank < 0) | (rank == rank[:, -1:])
     is_compiling = torch.compiler.is_compiling()
     if not is_compiling and not bool(((position_ids == first + rank) | ~is_real).all()):
-        raise ValueError(
-            "position_ids must count up by one over the tokens that attention_mask shows; for packed sequences pass "
-            "position_ids without attention_mask, or cu_seq_lens_q."
-        )
+        wanted = "position_ids must count up by one over the tokens that attention_mask shows"
+        raise ValueError(f"{wanted}; for packed sequences pass position_ids without attention_mask, or cu_seq_lens_q.")
     columns = torch.arange(position_ids.shape[1], device=position_ids.device)
     if not is_compiling and bool(follows.all()):
         return AttentionMetadata(first + columns - count_leading_padding(is_real)[:, None], is_real)
@@ -210,8 +194,8 @@ def check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata):
     """
     shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
     if len(shapes[0]) != 4 or shapes[0] != shapes[1] or shapes[0][:3] != shapes[2][:3] or len(shapes[2]) != 4:
-        listed = ", ".join(map(str, shapes))
-        raise ValueError(f"query, key, value have shapes {listed}; all three are (batch, heads, seq, head_dim).")
+        found = ", ".join(map(str, shapes))
+        raise ValueError(f"query, key, value have shapes {found}; all three are (batch, heads, seq, head_dim).")
     batch_size, _, seq_len, head_dim = query.shape
     dtype = query.dtype
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -230,9 +214,7 @@ def check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata):
     if lrpe is not None:
         lrpe = LRPE(*lrpe)
         if head_dim % 2:
-            raise ValueError(
-                f"lrpe rotates channel pairs and head_dim={head_dim} is odd; use an even one or lrpe=None."
-            )
+            raise ValueError(f"lrpe rotates pairs and head_dim={head_dim} is odd; use an even one or lrpe=None.")
         theta, householder = (tuple(tensor.shape) for tensor in lrpe)
         if theta != (head_dim // 2,) or householder != (head_dim,):
             needed = f"head_dim={head_dim} needs theta ({head_dim // 2},) and householder ({head_dim},)"
@@ -265,32 +247,6 @@ def zero_padding(hidden_states: torch.Tensor, metadata: AttentionMetadata) -> to
     return hidden_states.masked_fill(~metadata.is_real[:, None, :, None], 0)
 
 
-def keys_after_query(seq_len: int, device: torch.device) -> torch.Tensor:
-    """(seq, seq) bool, True where the key comes after the query."""
-    return torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).triu(1)
-
-
-def visible_keys(metadata: AttentionMetadata, causal: bool) -> torch.Tensor | None:
-    """(batch or 1, 1, seq, seq) bool, True where softmax attention over the whole sequence looks; None: as if unpadded.
-
-    A query that would see nothing, of a padding token, sees everything: its output means nothing, but is not NaN.
-    """
-    if metadata.is_real is None and metadata.sequence_ids is None:
-        return None
-    seq_len, device = metadata.positions.shape[-1], metadata.positions.device
-    visible = torch.ones(1, seq_len, seq_len, dtype=torch.bool, device=device)
-    if causal:
-        visible = visible & ~keys_after_query(seq_len, device)
-    if metadata.sequence_ids is not None:
-        visible = visible & (metadata.sequence_ids[:, None] == metadata.sequence_ids)
-    if metadata.is_real is not None:
-        visible = visible & metadata.is_real[:, None, :]
-    return (visible | ~visible.any(-1, keepdim=True))[:, None]
-
-
-# NormAttention
-
-
 def eager_norm_attention(query, key, value, *, metadata, causal, feature_map, lrpe, initial_state, return_state):
     """NormAttention before its norm, O = phi(Q) (phi(K)^T V), without a denominator (Eqs. 13-14 of the paper).
 
@@ -305,17 +261,14 @@ def eager_norm_attention(query, key, value, *, metadata, causal, feature_map, lr
     value_states = zero_padding(value.to(wide), metadata)
     output = scores @ value_states  # (batch, heads, seq, value_dim)
 
-    if metadata.sequence_ids is None:
-        state = key_states.mT @ value_states  # (batch, heads, head_dim, value_dim)
-        if initial_state is not None:
-            output = output + query_states @ initial_state.to(wide)
-    else:
+    if metadata.sequence_ids is not None:  # each sequence of the one row gets a row of its own, zero outside of it
         sequences = torch.arange(metadata.cu_seqlens.shape[0] - 1, device=query.device)
         belongs = (metadata.sequence_ids == sequences[:, None]).to(wide)[:, None, :, None]  # (sequences, 1, seq, 1)
-        state = (key_states * belongs).mT @ value_states  # (sequences, heads, head_dim, value_dim)
-        if initial_state is not None:
-            output = output + (belongs * (query_states @ initial_state.to(wide))).sum(0, keepdim=True)
+        query_states, key_states = query_states * belongs, key_states * belongs  # (sequences, heads, seq, head_dim)
+    state = key_states.mT @ value_states  # (batch or num_sequences, heads, head_dim, value_dim)
     if initial_state is not None:
+        past = query_states @ initial_state.to(wide)  # (batch or num_sequences, heads, seq, value_dim)
+        output = output + (past if metadata.sequence_ids is None else past.sum(0, keepdim=True))
         state = state + initial_state.to(wide)
     return output.to(value.dtype), state
 
@@ -329,13 +282,10 @@ def norm_attention_map(query, key, *, metadata, causal, feature_map, lrpe):
     query_states, key_states = prepare_query_key(query.to(wide), key.to(wide), metadata, feature_map, lrpe)
     scores = query_states @ key_states.mT  # (batch, heads, seq, seq)
     if causal:
-        scores = scores.masked_fill(keys_after_query(query.shape[2], query.device), 0)
+        scores = scores.tril()
     if metadata.sequence_ids is not None:
         scores = scores.masked_fill(metadata.sequence_ids[:, None] != metadata.sequence_ids, 0)
     return scores, query_states, key_states
-
-
-# DiagAttention
 
 
 def eager_diag_attention(query, key, value, *, metadata, block_size, causal, activation, scale, lrpe, dropout_p):
@@ -348,6 +298,22 @@ def eager_diag_attention(query, key, value, *, metadata, block_size, causal, act
     weights = F.dropout(weights, dropout_p)
     value_states = zero_padding(value.to(weights.dtype), metadata)
     return (weights @ value_states).to(value.dtype)
+
+
+def hidden_keys(metadata: AttentionMetadata, causal: bool) -> torch.Tensor:
+    """(batch or 1, 1, seq, seq) bool, True where a query may not see a key, whatever its block.
+
+    That is padding, another packed sequence and, if causal, a later token.
+    """
+    seq_len = metadata.positions.shape[-1]
+    hidden = torch.zeros(1, 1, seq_len, seq_len, dtype=torch.bool, device=metadata.positions.device)
+    if causal:
+        hidden = torch.ones_like(hidden).triu(1)
+    if metadata.sequence_ids is not None:
+        hidden = hidden | (metadata.sequence_ids[:, None] != metadata.sequence_ids)
+    if metadata.is_real is not None:
+        hidden = hidden | ~metadata.is_real[:, None, None, :]
+    return hidden
 
 
 def diag_attention_map(query, key, *, metadata, block_size, causal, activation, scale, lrpe):
@@ -364,23 +330,12 @@ def diag_attention_map(query, key, *, metadata, block_size, causal, activation, 
     scores = query_states @ key_states.mT  # (batch, heads, seq, seq)
 
     blocks = metadata.positions.div(block_size, rounding_mode="floor")  # (seq,) or (batch, seq)
-    hidden = blocks[..., :, None] != blocks[..., None, :]  # (seq, seq) or (batch, seq, seq)
-    if metadata.sequence_ids is not None:
-        hidden = hidden | (metadata.sequence_ids[:, None] != metadata.sequence_ids)
-    if metadata.is_real is not None:
-        hidden = hidden | ~metadata.is_real[:, None, :]
-    if causal:
-        hidden = hidden | keys_after_query(query.shape[2], query.device)
-    if hidden.dim() == 3:
-        hidden = hidden[:, None]  # (batch, 1, seq, seq)
+    hidden = hidden_keys(metadata, causal) | (blocks[..., :, None] != blocks[..., None, :]).unsqueeze(-3)
     if activation == "relu":
         return scores.relu().masked_fill(hidden, 0)
     # The lowest finite number and not -inf: a row without any key must become zeros and not NaN.
     weights = scores.masked_fill(hidden, torch.finfo(wide).min).softmax(-1)
     return weights.masked_fill(hidden, 0)
-
-
-# SimpleRMSNorm
 
 
 def eager_simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
@@ -398,7 +353,6 @@ def eager_simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8) -> tor
 def operator_namespace(module: str) -> str:
     """The namespace in torch.ops for the operators of this module's package.
 
-    The installed package and the copy of these files in a model repository each get their own, and so do two revisions
-    of one repository: all of them may be loaded in one process.
+    The installed package and each revision of a model repository have their own: one process may load them all.
     """
     return re.sub(r"\W", "_", module.rpartition(".")[0] or module)

@@ -66,14 +66,15 @@ def load_lrpe(theta_ptr, householder_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
     """
     if theta_ptr is None:
         return 0, 0, 0
-    pairs, channels = tl.arange(0, BLOCK_D // 2), tl.arange(0, BLOCK_D)
-    theta = tl.load(theta_ptr + pairs, mask=pairs < HEAD_DIM // 2, other=0.0).to(tl.float32)
-    turns = theta.to(tl.float64) / 6.283185307179586
-    turns = (turns - tl.floor(turns)) * 4294967296.0
-    high = tl.floor(turns)
-    low = tl.floor((turns - high) * 4294967296.0)
-    householder = tl.load(householder_ptr + channels, mask=channels < HEAD_DIM, other=0.0).to(tl.float32)
-    return high.to(tl.int64).to(tl.uint32), low.to(tl.int64).to(tl.uint32), householder * 1.4142135623730951
+    else:
+        pairs, channels = tl.arange(0, BLOCK_D // 2), tl.arange(0, BLOCK_D)
+        theta = tl.load(theta_ptr + pairs, mask=pairs < HEAD_DIM // 2, other=0.0).to(tl.float32)
+        turns = theta.to(tl.float64) / 6.283185307179586
+        turns = (turns - tl.floor(turns)) * 4294967296.0
+        high = tl.floor(turns)
+        low = tl.floor((turns - high) * 4294967296.0)
+        householder = tl.load(householder_ptr + channels, mask=channels < HEAD_DIM, other=0.0).to(tl.float32)
+        return high.to(tl.int64).to(tl.uint32), low.to(tl.int64).to(tl.uint32), householder * 1.4142135623730951
 
 
 @triton.jit
@@ -308,7 +309,10 @@ def launch(kernel: Any, grid: tuple[int, ...], tensors: Mapping[str, torch.Tenso
 
 
 def spread(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a last argument that is a NamedTuple spread out into its fields, as operators want it."""
+    """The function with its last parameter, if that is a NamedTuple, replaced by its fields: operators take no tuple.
+
+    The result has their names and types in its signature, from which torch makes the operator's schema.
+    """
     signature = inspect.signature(function)
     *leading, last = signature.parameters.values()
     if not hasattr(last.annotation, "_fields"):
@@ -326,10 +330,9 @@ def spread(function: Callable[..., Any]) -> Callable[..., Any]:
 class Differentiable:
     """A function with a derivative, from the two functions that launch its kernels.
 
-    forward, backward: plain functions, from whose type hints torch makes the schemas of two custom operators; a last
-    argument that is a NamedTuple stands for its fields. The two fakes return empty results of the same shapes.
-    save(ctx, inputs, output) keeps what the derivative needs, and gradients(ctx, run_backward, *grads) calls
-    `run_backward` and orders its results like the inputs.
+    forward, backward: plain functions with type hints; each becomes a custom operator, see `spread`. The two fakes
+    return empty results of the same shapes. save(ctx, inputs, output) keeps what the derivative needs, and
+    gradients(ctx, run_backward, *grads) calls `run_backward` and orders its results like the inputs.
 
     The operators run under torch.compile, which must not look inside, and for fake tensors. Other calls go through an
     autograd.Function: with nothing to do, its forward takes 13 us of the host where the operator takes 37 (torch 2.13).
@@ -411,7 +414,7 @@ def triton_simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8) -> to
 
     eps stands outside of the root, and everything is float32 inside: in float16 an eps of 1e-8 would be zero. The
     backward pass works from the result and the rms of each row, so the input need not be kept. The definition is
-    `simple_rms_norm` in `ops_transnormer.py`.
+    `eager_simple_rms_norm` in `reference_transnormer.py`.
 
     What the kernel does not take, `unsupported` tells before.
     """
@@ -459,23 +462,16 @@ def _empty_rms_norm_backward(grad: torch.Tensor, normed: torch.Tensor, rms: torc
     return new_empty(tuple(normed.shape), normed)
 
 
-def _save_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save_rms_norm(ctx, inputs, output):
     normed, rms = output
     ctx.mark_non_differentiable(rms)
     ctx.save_for_backward(normed, rms)
     ctx.eps = inputs[1]
 
 
-def _rms_norm_gradients(ctx: Any, run_backward: Callable[..., Any], grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+def _rms_norm_gradients(ctx, run_backward, grad, _rms_grad):
     return run_backward(grad, *ctx.saved_tensors, ctx.eps), None
 
 
-_rms_norm = Differentiable(
-    "simple_rms_norm",
-    rms_norm_forward,
-    _empty_rms_norm,
-    rms_norm_backward,
-    _empty_rms_norm_backward,
-    _save_rms_norm,
-    _rms_norm_gradients,
-)
+_forward, _backward = (rms_norm_forward, _empty_rms_norm), (rms_norm_backward, _empty_rms_norm_backward)
+_rms_norm = Differentiable("simple_rms_norm", *_forward, *_backward, _save_rms_norm, _rms_norm_gradients)

@@ -19,10 +19,9 @@ Blocks start where a sequence starts. Only the device knows where that is: every
 position of the first one, or from cu_seqlens.
 
 Blocks larger than a tile go to torch's `scaled_dot_product_attention` (softmax) or are refused (relu). The definition
-that all of this must equal is `eager_diag_attention` in `ops_transnormer.py`.
+that all of this must equal is `eager_diag_attention` in `reference_transnormer.py`.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -407,7 +406,7 @@ def diag_backward_kernel(
 
 
 class DiagInputs(NamedTuple):
-    """What the operator takes."""
+    """What the operator takes; torch makes its schema of these types."""
 
     query: torch.Tensor  # (batch, heads, seq, head_dim), like key and value
     key: torch.Tensor
@@ -528,12 +527,12 @@ def _empty_grads(needs_theta, grad, inputs: DiagInputs) -> list[torch.Tensor]:
     return [*(new_token_major(inputs.query) for _ in range(3)), theta_grad]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:9])
     ctx.options = inputs[9:]
 
 
-def _gradients(ctx: Any, run_backward: Callable[..., Any], grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx, run_backward, grad):
     needs_theta = ctx.needs_input_grad[3]
     *grads, theta_grad = run_backward(needs_theta, grad, *ctx.saved_tensors, *ctx.options)
     return *grads, theta_grad if needs_theta else None, *(None,) * 10
@@ -583,23 +582,13 @@ def _launch(kernel: Any, inputs: DiagInputs, results: dict[str, torch.Tensor | N
         positions = positions.contiguous()
     tensors |= {"query": query, "key": key, "value": value, "positions": positions, "seed": inputs.seed, **results}
     target, tiles = target_of(query), count_tiles(seq_len, inputs.block_size, cu_seqlens)
-    launch(
-        kernel,
-        (batch_size * num_heads * tiles,),
-        tensors,
-        positions_stride=positions.stride(0) if positions.dim() == 2 else 0,
-        scale=inputs.scale,
-        dropout_p=inputs.dropout_p,
-        num_heads=num_heads,
-        seq_len=seq_len,
-        num_sequences=0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        tiles_per_row=tiles,
-        block_size=inputs.block_size,
-        CAUSAL=inputs.causal,
-        RELU=is_relu,
-        **diag_constants(target, ELEMENT_TYPES[query.dtype], head_dim, is_interpreted()),
-        **launch_options(target),
-    )
+    arguments = {name: getattr(inputs, name) for name in ("scale", "dropout_p", "block_size")}
+    arguments |= {"num_heads": num_heads, "seq_len": seq_len, "tiles_per_row": tiles}
+    arguments["positions_stride"] = positions.stride(0) if positions.dim() == 2 else 0
+    arguments["num_sequences"] = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    constants = diag_constants(target, ELEMENT_TYPES[query.dtype], head_dim, is_interpreted())
+    constants = constants | {"CAUSAL": inputs.causal, "RELU": is_relu} | launch_options(target)
+    launch(kernel, (batch_size * num_heads * tiles,), tensors, **arguments, **constants)
 
 
 def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """NormAttention by Triton kernels: o_t = phi(q_t) S, S = sum of phi(k_s)^T v_s, without a denominator (Eqs. 13-14).
 
-The definition is `eager_norm_attention` in `ops_transnormer.py`. Below, q' and k' stand for phi and LRPE applied; both
-happen on the tiles as they are loaded, so q' and k' never exist in memory. A sequence is cut into segments of SEGMENT
-tokens. With a_s b_s^T summed over a segment as its *sum*, (head_dim, value_dim) float32:
+The definition is `eager_norm_attention` in `reference_transnormer.py`. Below, q' and k' stand for phi and LRPE
+applied; both happen on the tiles as they are loaded, so q' and k' never exist in memory. A sequence is cut into
+segments of SEGMENT tokens. With a_s b_s^T summed over a segment as its *sum*, (head_dim, value_dim) float32:
 
     forward    sum_kernel       sums of k'^T v, all segments in parallel
                scan_kernel      S: of the segments before each one (causal), or of the whole sequence
@@ -22,7 +22,7 @@ two runs give the same bits. A causal forward and backward pass writes and reads
 Padding is zero in every tile: it contributes nothing, and its outputs and gradients are zeros.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -72,10 +72,10 @@ def find_tile(
     tile, table_ptr, position_ptr, position_batch_stride, seq_len, segments,
     DIRECTION: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Batch row, row of the state, first and end token of its segment, first token, and position minus token of a tile.
+    """A tile's batch row, the row of its state, its segment's first and end token, its own first token, and its offset.
 
-    segments: of each sequence; the rows of packed segments have a table instead (`segment_table`). Positions within a
-    sequence follow one by one.
+    The position of a token is its number plus the offset: positions within a sequence follow one by one.
+    segments: of each sequence; the rows of packed segments have a table instead (`segment_table`).
     """
     segment = tile // (SEGMENT // BLOCK_T)
     if table_ptr is None:
@@ -101,10 +101,10 @@ def find_tile(
 @triton.jit
 def token_mask(mask_ptr, batch, seq_len, start, end, BLOCK_T: tl.constexpr):
     """True for the tokens start, start + 1, ... before `end` that are real: (BLOCK_T,)."""
-    tokens = start + tl.arange(0, BLOCK_T)
-    mask = tokens < end
+    tokens = tl.arange(0, BLOCK_T)
+    mask = tokens < end - start
     if mask_ptr is not None:
-        mask &= tl.load(mask_ptr + batch.to(tl.int64) * seq_len + tokens, mask=mask, other=0) != 0
+        mask &= tl.load(mask_ptr + (batch.to(tl.int64) * seq_len + start) + tokens, mask=mask, other=0) != 0
     return mask
 
 
@@ -191,7 +191,7 @@ def sum_kernel(
     """sum[segment, head] = k'^T v over the segment; grid (segments, heads). In the backward pass q'^T do."""
     segment, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     LRPE: tl.constexpr = theta_ptr is not None
-    batch, _, begin, end, _, offset = find_tile(
+    batch, _, begin, end, _, offset = find_tile(  # all of the segment as one tile
         segment, table_ptr, position_ptr, position_batch_stride, seq_len, segments, 1, SEGMENT, SEGMENT
     )
     key_ptr = head_of(key_ptr, batch, head, seq_len, key_row_stride, HEAD_DIM)
@@ -456,7 +456,7 @@ def gradient_kernel(
 
 
 class NormInputs(NamedTuple):
-    """What the operator takes."""
+    """What the operator takes; torch makes its schema of these types."""
 
     query: torch.Tensor  # (batch, heads, seq, head_dim), like the key
     key: torch.Tensor
@@ -484,11 +484,9 @@ def triton_norm_attention(query, key, value, *, metadata, causal, feature_map, l
         feature_map, lrpe = "identity", None
     if cu_seqlens is not None and table is None:
         table = segment_table(cu_seqlens, query.shape[2])
-    places = (metadata.positions, metadata.is_real, table)
     theta, householder = (None, None) if lrpe is None else lrpe
-    output, state, _ = _norm_attention(
-        query, key, value, *places, theta, householder, initial_state, causal, feature_map
-    )
+    tensors = (query, key, value, metadata.positions, metadata.is_real, table, theta, householder, initial_state)
+    output, state, _ = _norm_attention(*tensors, causal, feature_map)
     if not return_state:
         return output, None
     # tokens behind the last packed sequence are a sequence of their own, whose state nobody sees
@@ -567,7 +565,7 @@ def _empty_grads(grad, final_grad, final, states, inputs: NormInputs) -> list[to
     return [*(new_token_major(tensor) for tensor in inputs[:3]), theta_grad, torch.empty_like(final)]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save(ctx, inputs, output):
     *tensors, initial_state, causal, feature_map = inputs
     _, final, states = output
     ctx.set_materialize_grads(False)
@@ -577,16 +575,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.options = causal, feature_map
 
 
-def _gradients(ctx: Any, run_backward: Callable[..., list[torch.Tensor]], grad: torch.Tensor | None, *other_grads: Any):
+def _gradients(ctx, run_backward, grad, final_grad, _states_grad):
     final, states, *tensors = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(tensors[2])
-    final_grad, _ = other_grads
+    value, theta = tensors[2], tensors[6]
+    grad = torch.zeros_like(value) if grad is None else grad
     *grads, theta_grad, initial_grad = run_backward(grad, final_grad, final, states, *tensors, None, *ctx.options)
     if ctx.initial is not None:
         initial_grad = initial_grad[: ctx.initial[0]].to(ctx.initial[1])
-    theta_grad = None if tensors[6] is None else theta_grad
-    return *grads, None, None, None, theta_grad, None, None if ctx.initial is None else initial_grad, None, None
+    none_or = (None if theta is None else theta_grad), None, (None if ctx.initial is None else initial_grad)
+    return *grads, None, None, None, *none_or, None, None
 
 
 _norm_attention = Differentiable(
