@@ -408,40 +408,53 @@ def linearize(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(source_args.of_model)
     source = load_source(source_args)
+    source_positions = source.config.max_position_embeddings
     teacher, student = (model.to(device) for model in make_models(source, source_args))
+    del source  # two copies of a large model are enough
     check_length("max_seq_length", text_args.max_seq_length, student.config)
-    text_source = text_args.source(source_args.cache_dir)
-    texts = list(islice(filter(str.strip, text_source.documents()), text_args.max_train_samples))
-    train_texts, held_out_texts = hold_out([text.strip() for text in texts], text_args.held_out_samples)
-    batch_size, padding = args.per_device_train_batch_size, tokenizer.pad_token_id
-    train, held_out = (
-        TextBatches(list(read_rows(part, tokenizer, text_args.max_seq_length)), batch_size, padding, device, args.seed)
-        for part in (train_texts, held_out_texts)
-    )
 
-    output_dir = Path(source_args.output_dir)
+    documents = text_args.source(source_args.cache_dir).documents()
+    texts = [text.strip() for text in islice(filter(str.strip, documents), text_args.max_train_samples)]
+    train_texts, held_out_texts = hold_out(texts, text_args.held_out_samples)
+
+    def batches(texts: Sequence[str], max_seq_length: int) -> TextBatches:
+        rows = list(read_rows(texts, tokenizer, max_seq_length))
+        return TextBatches(rows, args.per_device_train_batch_size, tokenizer.pad_token_id, device, args.seed)
+
+    train, held_out = (batches(part, text_args.max_seq_length) for part in (train_texts, held_out_texts))
     settings = {
         name: value
         for arguments in (source_args, text_args, args)
         for name, value in dataclasses.asdict(arguments).items()
         if name not in ("output_dir", "cache_dir", "token", "use_cpu", "disable_tqdm")
     }
-    results = distill(teacher, student, train, held_out, args, output_dir, settings)
-    results |= {
-        "parameters": student.num_parameters(),
-        "train_rows": len(train.rows),
-        "held_out_rows": len(held_out.rows),
-    }
+    results = distill(teacher, student, train, held_out, args, Path(source_args.output_dir), settings)
+    results["parameters"] = student.num_parameters()
+    results |= {"train_rows": len(train.rows), "held_out_rows": len(held_out.rows)}
     longest = student.config.max_position_embeddings
-    if longest > source.config.max_position_embeddings:
-        row = next(read_rows([" ".join(held_out_texts)], tokenizer, longest))
-        results["long"] = {"tokens": len(row), **compare(teacher, student, TextBatches([row], 1, padding, device))}
+    if longest > source_positions:
+        long_text = batches([" ".join(held_out_texts)], longest)
+        long_text.rows = long_text.rows[:1]
+        results["long"] = {"tokens": len(long_text.rows[0]), **compare(teacher, student, long_text)}
+    return save(student.cpu(), tokenizer, results, source_args, text_args, args)
 
+
+def save(
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    results: dict[str, Any],
+    source_args: SourceArguments,
+    text_args: TextArguments,
+    args: LearningArguments,
+) -> dict[str, Any]:
+    """Write the folder of the run, whole or not at all, in the place of its checkpoints; returns the results there."""
+    output_dir, texts = Path(source_args.output_dir), text_args.source(None).describe()
+    table = describe_results(results, student.config.layer_types)
     with new_folder(output_dir) as folder:
         pooling = copy_sentence_encoder(source_args, folder)
         if pooling is not None and student.base_model is student:  # of a head to come
             student.config.pooling = pooling
-        student.cpu().save_pretrained(folder)
+        student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         results = update_results(folder, results)
         card = build_linearized_card(
@@ -449,15 +462,15 @@ def linearize(argv: Sequence[str] | None = None) -> dict[str, Any]:
             name=output_dir.resolve().name,
             source=source_args.model_name_or_path,
             source_license=license_of(source_args),
-            results_table=describe_results(results, student.config.layer_types),
-            results_note=describe_measures(results, text_source.describe(), text_args.max_seq_length),
-            training_note=f"Learned from {len(train.rows)} rows of text ({text_source.describe()}), without labels.",
+            results_table=table,
+            results_note=describe_measures(results, texts, text_args.max_seq_length),
+            training_note=f"Learned from {results['train_rows']} rows of text ({texts}), without labels.",
             hyperparameters=describe_learning(results, text_args, args),
         )
         write_atomically(folder / "README.md", str(card))
         for name in CHECKPOINTS.values():
             (output_dir / name).unlink(missing_ok=True)
-    logger.info("Saved in %s.\n%s", output_dir, describe_results(results, student.config.layer_types))
+    logger.info("Saved in %s.\n%s", output_dir, table)
     return results
 
 
