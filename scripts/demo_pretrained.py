@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import logging
 
 import demo
 from demo import LABELS, MAX_LENGTH, Review
@@ -54,6 +55,7 @@ def linearize_minilm(minilm: Path, train: Sequence[Review], args: argparse.Names
     shutil.rmtree(start, ignore_errors=True)  # of an earlier run
     options = ["--model_name_or_path", minilm, "--train_file", sentences, "--output_dir", start]
     options += ["--max_seq_length", MAX_LENGTH, "--max_minutes", args.max_minutes, "--seed", args.seed]
+    options += ["--eval_steps", 200]
     linearize(list(map(str, options)))
     return start
 
@@ -73,8 +75,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("texts", nargs="*", default=demo.DEFAULT_TEXTS, help="sentences to classify with the model")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs", "demo-pretrained"), help="for the model")
-    parser.add_argument("--max_minutes", type=float, default=4, help="of learning from MiniLM, before fine-tuning")
-    parser.add_argument("--num_train_epochs", type=float, default=2, help="of fine-tuning with a pretrained start")
+    parser.add_argument("--max_minutes", type=float, default=3.5, help="of learning from MiniLM, before fine-tuning")
+    parser.add_argument("--num_train_epochs", type=float, default=1, help="of fine-tuning with a pretrained start")
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="of fine-tuning with a pretrained start")
     parser.add_argument("--seed", type=int, default=42, help="of the held-out films, the weights and the batches")
     args = parser.parse_args(argv)
@@ -90,6 +92,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     began = time.perf_counter()
+    logging.set_verbosity_error()  # that a head is new is no news here
     archive = find_minilm()
     train, test = demo.split_by_film(demo.read_reviews(demo.find_reviews()), held_out=0.15, seed=args.seed)
     print(f"{len(train):,} sentences to learn from, {len(test):,} on other films to test with", flush=True)
