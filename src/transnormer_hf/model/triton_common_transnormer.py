@@ -8,6 +8,7 @@ projections write them, so one row stride says where everything is.
 
 import functools
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -323,7 +324,10 @@ def spread(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*values[: len(leading)], last.annotation(*values[len(leading) :]))
 
     fields = [last.replace(name=name, annotation=hint) for name, hint in last.annotation.__annotations__.items()]
-    flat.__signature__ = signature.replace(parameters=[*leading, *fields])  # type: ignore[attr-defined]
+    result = signature.return_annotation
+    result = typing.List[torch.Tensor] if result == list[torch.Tensor] else result  # noqa: UP006 (torch before 2.7)
+    signature = signature.replace(parameters=[*leading, *fields], return_annotation=result)
+    flat.__signature__ = signature  # type: ignore[attr-defined]
     return flat
 
 
