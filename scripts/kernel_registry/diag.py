@@ -48,7 +48,7 @@ def _variants(kernel: Any) -> Callable[[str, str, int], Iterator[KernelVariant]]
             types |= {"positions_ptr": "*i64", "scale": "fp32", "dropout_p": "fp32"}
             types |= {"is_real_ptr": "*i1" if use.mask else None, "seed_ptr": "*i64" if use.dropout else None}
             types |= {"cu_seqlens_ptr": "*i64" if use.packed else None}
-            yield make_variant(kernel, use.name, types, constexprs, launch_options(target))
+            yield make_variant(kernel, use.name, types, constexprs, launch_options(target, dtype, head_dim))
 
     return variants
 

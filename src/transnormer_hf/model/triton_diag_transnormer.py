@@ -553,11 +553,12 @@ def diag_constants(target: str, dtype: str, head_dim: int, interpreted: bool = F
     return {"HEAD_DIM": head_dim, "TILE": MAX_BLOCK_SIZE, "CHUNK": chunk, **dot_constants(target, dtype, interpreted)}
 
 
-def launch_options(target: str) -> dict[str, int]:
+def launch_options(target: str, dtype: str, head_dim: int) -> dict[str, int]:
     """Options of both kernels. maxnreg: else ptxas spills a few registers to fit two programs onto an SM."""
-    if target.startswith("sm_"):
-        return {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
-    return {"num_warps": 4, "num_stages": 1}  # AMD's warps have 64 threads
+    if not target.startswith("sm_"):
+        return {"num_warps": 4, "num_stages": 1}  # AMD's warps have 64 threads
+    num_warps = 4 if dtype == "fp32" and head_dim == 8 else 8  # 8 would spill there on sm_90
+    return {"num_warps": num_warps, "num_stages": 1, "maxnreg": 255}
 
 
 def count_tiles(seq_len: int, block_size: int, cu_seqlens: torch.Tensor | None) -> int:
@@ -581,14 +582,14 @@ def _launch(kernel: Any, inputs: DiagInputs, results: dict[str, torch.Tensor | N
     if cu_seqlens is not None:
         positions = positions.contiguous()
     tensors |= {"query": query, "key": key, "value": value, "positions": positions, "seed": inputs.seed, **results}
-    target, tiles = target_of(query), count_tiles(seq_len, inputs.block_size, cu_seqlens)
+    tiles = count_tiles(seq_len, inputs.block_size, cu_seqlens)
+    shape = target_of(query), ELEMENT_TYPES[query.dtype], head_dim
     arguments = {name: getattr(inputs, name) for name in ("scale", "dropout_p", "block_size")}
     arguments |= {"num_heads": num_heads, "seq_len": seq_len, "tiles_per_row": tiles}
     arguments["positions_stride"] = positions.stride(0) if positions.dim() == 2 else 0
     arguments["num_sequences"] = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    constants = diag_constants(target, ELEMENT_TYPES[query.dtype], head_dim, is_interpreted())
-    constants = constants | {"CAUSAL": inputs.causal, "RELU": is_relu} | launch_options(target)
-    launch(kernel, (batch_size * num_heads * tiles,), tensors, **arguments, **constants)
+    constants = diag_constants(*shape, is_interpreted()) | {"CAUSAL": inputs.causal, "RELU": is_relu}
+    launch(kernel, (batch_size * num_heads * tiles,), tensors, **arguments, **constants, **launch_options(*shape))
 
 
 def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:

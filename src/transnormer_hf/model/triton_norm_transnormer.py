@@ -664,7 +664,7 @@ def launch_options(target: str, dtype: str, head_dim: int, value_dim: int) -> di
     scripts/compile_kernels.py shows what they take: no registers spill at head_dim 64 and 128.
     """
     is_wide = max(head_dim, value_dim) > 64
-    through_registers = target.startswith("sm_") and target not in ("sm_90", "sm_100", "sm_103")  # operands of products
+    through_registers = target not in ("sm_90", "sm_100", "sm_103")  # operands of products
     block_t = 32 if is_wide and (dtype == "fp16" or through_registers) else 64
     if dtype == "fp32":
         block_t = 16
