@@ -14,6 +14,7 @@ from transnormer_hf.model.modeling_transnormer import (
     TransNormerDiagAttention,
     TransNormerLRPE,
     TransNormerNormAttention,
+    make_norm,
 )
 
 VOCABULARY, BLOCK = 50, 4
@@ -655,6 +656,17 @@ def test_export_of_the_encoder_with_dynamic_length(variant):
         inputs = batch(*size)
         outputs = program.module()(**inputs).last_hidden_state
         torch.testing.assert_close(outputs, model(**inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("norm_type", ["simple_rms", "rms"])
+def test_a_row_of_zeros_is_normed_to_zeros_in_every_dtype(norm_type, dtype):
+    norm = make_norm(norm_type, TransNormerConfig(hidden_size=16, num_attention_heads=2))
+    rows = torch.stack((torch.zeros(16), torch.full((16,), 300.0))).to(dtype).requires_grad_()
+    normed = norm(rows)
+    normed.sum().backward()
+    torch.testing.assert_close(normed, torch.tensor([[0.0], [1.0]], dtype=dtype).expand(2, 16))
+    assert not rows.grad.isnan().any()
 
 
 WRONG_INPUTS = [

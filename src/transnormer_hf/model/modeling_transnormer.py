@@ -76,7 +76,8 @@ class TransNormerRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.norm_type == "simple_rms":
             return simple_rms_norm(hidden_states, self.config.rms_norm_eps, self.config.backend)
-        return nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.rms_norm_eps)
+        wide = hidden_states.to(compute_dtype(hidden_states.dtype))  # in float16 an eps of 1e-8 would be zero
+        return nn.functional.rms_norm(wide, wide.shape[-1:], eps=self.config.rms_norm_eps).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.norm_type}, eps={self.config.rms_norm_eps}"
