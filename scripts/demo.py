@@ -27,13 +27,12 @@ from typing import NamedTuple
 from datasets import Dataset
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    BertTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -103,32 +102,13 @@ def split_by_film(reviews: Sequence[Review], held_out: float, seed: int) -> tupl
     return train, test
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece tokenizer that frames every text as `[CLS] text [SEP]`."""
-    special_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special_tokens, show_progress=False)
-    )
-    frame = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=frame
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=model_max_length,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+def train_tokenizer(texts: Sequence[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerBase:
+    """BERT's lower-casing tokenizer, `[CLS] text [SEP]`, with WordPieces learned from the texts."""
+    bert = BertTokenizer(model_max_length=model_max_length, model_input_names=["input_ids", "attention_mask"])
+    return bert.train_new_from_iterator(texts, vocab_size, show_progress=False)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> TransNormerForSequenceClassification:
+def build_model(tokenizer: PreTrainedTokenizerBase) -> TransNormerForSequenceClassification:
     """A TransNormer T2 of about 1.8 million parameters: two DiagAttention layers, then two NormAttention layers."""
     config = TransNormerConfig(
         vocab_size=len(tokenizer),
