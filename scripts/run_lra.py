@@ -15,6 +15,7 @@ and Retrieval needs files. Arguments given override the published ones.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def load_rows(
         source = f"generated {task.title} ({detail}, seed {args.data_seed_generated}), {split}"
     else:
         rows, source = read_hub(task, split, cache_dir)
-    bar = tqdm(_first(rows, limit), desc=f"{task.title} {split}", disable=quiet, total=limit)
+    bar = tqdm(islice(rows, limit), desc=f"{task.title} {split}", disable=quiet, total=limit)
     loaded = LraRows(bar, args.max_length, has_cls)
     if not len(loaded):
         raise ValueError(f"{source} holds no rows.")
@@ -248,13 +249,6 @@ def read_hub(task: LraTask, split: str, cache_dir: str | None) -> tuple[Iterator
     dataset = dataset.rename_columns({old: new for old, new in columns.items() if old in dataset.column_names})
     source = f"split {splits[split]} of {name}"
     return (encode_row(task, row, f"{source}, row {number}") for number, row in enumerate(dataset, 1)), source
-
-
-def _first(rows: Iterator[Any], limit: int | None) -> Iterator[Any]:
-    for number, row in enumerate(rows):
-        if number == limit:
-            return
-        yield row
 
 
 # ---- Runs ----

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import AutoModel, PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -178,17 +179,12 @@ class LraRows(Dataset):
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask (batch, seq), or (batch, 2, seq) for pairs, padded on the right; labels (batch,)."""
-    sequences = [sequence for row in rows for sequence in row["sequences"]]
-    width = max(map(len, sequences))
-    input_ids = torch.full((len(sequences), width), PAD, dtype=torch.long)
-    for number, sequence in enumerate(sequences):
-        input_ids[number, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    mask = (torch.arange(width) < lengths[:, None]).long()
-    per_row = len(rows[0]["sequences"])
-    shape = (len(rows), width) if per_row == 1 else (len(rows), per_row, width)
+    sequences = [torch.from_numpy(sequence).long() for row in rows for sequence in row["sequences"]]
+    input_ids = pad_sequence(sequences, batch_first=True, padding_value=PAD)
+    if (per_row := len(rows[0]["sequences"])) > 1:
+        input_ids = input_ids.unflatten(0, (-1, per_row))
     labels = torch.tensor([row["labels"] for row in rows])
-    return {"input_ids": input_ids.view(shape), "attention_mask": mask.view(shape), "labels": labels}
+    return {"input_ids": input_ids, "attention_mask": (input_ids != PAD).long(), "labels": labels}
 
 
 def encode_text(text: str) -> np.ndarray:

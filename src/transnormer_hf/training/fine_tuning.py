@@ -583,8 +583,6 @@ def change_factors(scheduler: Any, change: Callable[[Callable[[int], float]], Ca
     """
     if not isinstance(scheduler, LambdaLR):
         return scheduler
-    for group in scheduler.optimizer.param_groups:
-        group["lr"] = group["initial_lr"]
     return LambdaLR(scheduler.optimizer, [change(factor) for factor in scheduler.lr_lambdas])
 
 

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -349,10 +350,7 @@ class _RowReader:
         encoded = encode_documents(self.tokenizer, self.source.documents() if documents is None else documents, end)
         if self.packing.causal:
             encoded = ([end, *tokens, *([end] if is_closed else [])] for tokens in encoded)
-        for number, row in enumerate(self.packing.rows(encoded)):
-            if number == self.limit:
-                return
-            yield row
+        return islice(self.packing.rows(encoded), self.limit)
 
 
 def make_packing(
