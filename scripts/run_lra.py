@@ -59,7 +59,7 @@ from transnormer_hf.training.fine_tuning import (
     check_positions,
     check_run_arguments,
     finish_runs,
-    given_value,
+    given_arguments,
     load_config,
     parse_config_overrides,
     parse_dataclasses,
@@ -126,9 +126,9 @@ def parse_arguments(
         ValueError, FileNotFoundError: an argument is wrong or missing; the message names it and what would work.
     """
     defaults: dict[str, Any] = {**TRAINER_DEFAULTS, "remove_unused_columns": False}
-    if (name := given_value("task_name", argv)) is not None:
-        defaults |= get_task(name).training_defaults()
     types = (LraModelArguments, DataArguments, RunArguments, TrainingArguments)
+    if (name := given_arguments(types, argv, defaults).get("task_name")) is not None:
+        defaults |= get_task(name).training_defaults()
     model_args, data_args, run_args, training_args = parse_dataclasses(types, argv, defaults)
     task = get_task(data_args.task_name)
     training_args.dataloader_pin_memory &= training_args.device.type != "cpu"

@@ -1,6 +1,7 @@
 """What surrounds the Trainer: arguments, the time limit, runs and results on disk."""
 
 import json
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -38,17 +39,43 @@ def test_overrides_are_read_as_json_and_may_hold_commas():
     }
 
 
-@pytest.mark.parametrize("argv", [["--preset", "a"], ["--preset=a"], ["--preset", "b", "--preset", "a"]])
-def test_the_value_that_a_command_line_gives_is_found(argv):
-    assert training.given_value("preset", ["--other", "x", *argv]) == "a"
-    assert training.given_value("pre", argv) is None
+@dataclass
+class Arguments:
+    preset: str | None = None
+    total_steps: int = field(default=3, metadata={"help": "Updates."})
+    is_quiet: bool = True
 
 
-def test_the_value_that_a_json_file_gives_is_found(tmp_path):
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--preset", "a"], {"preset": "a"}),
+        (["--preset=a"], {"preset": "a"}),
+        (["--pre", "b", "--preset", "a"], {"preset": "a"}),
+        (["--total_steps", "3"], {"total_steps": 3}),
+        (["--total-steps=3"], {"total_steps": 3}),
+        (["--no_is_quiet"], {"is_quiet": False}),
+        ([], {}),
+    ],
+)
+def test_what_a_command_line_gives_is_known_however_it_is_spelt(argv, expected):
+    assert training.given_arguments([Arguments], argv) == expected
+    assert training.parse_dataclasses([Arguments], argv, {"total_steps": 5}) == (
+        Arguments(**{"total_steps": 5, **expected}),
+    )
+
+
+def test_what_a_json_file_gives_is_known(tmp_path):
     file = tmp_path / "arguments.json"
-    file.write_text(json.dumps({"preset": "a", "steps": 3}))
-    assert training.given_value("steps", [str(file)]) == "3"
-    assert training.given_value("other", [str(file)]) is None
+    file.write_text(json.dumps({"preset": "a"}))
+    assert training.given_arguments([Arguments], [str(file)]) == {"preset": "a"}
+    assert training.parse_dataclasses([Arguments], [str(file)], {"total_steps": 5}) == (Arguments("a", 5),)
+
+
+def test_help_shows_the_defaults_that_hold(capsys):
+    with pytest.raises(SystemExit):
+        training.parse_dataclasses([Arguments], ["--help"], {"total_steps": 5})
+    assert "Updates. (default: 5)" in capsys.readouterr().out
 
 
 # ---- The time limit ----

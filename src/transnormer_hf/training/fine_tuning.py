@@ -13,9 +13,10 @@ import shutil
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,32 +123,22 @@ def parse_dataclasses(
     types: Sequence[type], argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> tuple[Any, ...]:
     """Parse a command line, or the one json file it names, into one object of each type; `defaults` replace theirs."""
+    given = given_arguments(types, argv, defaults)
+    return HfArgumentParser(list(types)).parse_dict({**(defaults or {}), **given})
+
+
+def given_arguments(
+    types: Sequence[type], argv: Sequence[str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a command line, or the one json file it names, gives, by name; `defaults` are those that --help shows."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(list(types))
-    if (values := _json_arguments(argv)) is not None:
-        return parser.parse_dict({**(defaults or {}), **values})
-    parser.set_defaults(**(defaults or {}))
-    return parser.parse_args_into_dataclasses(argv)
-
-
-def given_value(name: str, argv: Sequence[str] | None = None) -> str | None:
-    """The value that a command line, or the json file it names, gives to an argument; None if it does not."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if (values := _json_arguments(argv)) is not None:
-        return None if values.get(name) is None else str(values[name])
-    value = None
-    for position, part in enumerate(argv):
-        if part.startswith(f"--{name}="):
-            value = part.partition("=")[2]
-        elif part == f"--{name}" and position + 1 < len(argv):
-            value = argv[position + 1]
-    return value
-
-
-def _json_arguments(argv: Sequence[str]) -> dict[str, Any] | None:
     if len(argv) == 1 and argv[0].endswith(".json"):
         return json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-    return None
+    parser = HfArgumentParser(list(types))
+    parser.set_defaults(**(defaults or {}))
+    # argparse leaves what the namespace has already, so that what stays None was not given
+    unset = Namespace(**{each.name: None for dataclass_type in types for each in fields(dataclass_type)})
+    return {name: value for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
 
 
 def check_model_arguments(args: ModelArguments, *, needs_tokenizer: bool = True) -> None:

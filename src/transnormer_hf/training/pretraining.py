@@ -43,7 +43,7 @@ from .fine_tuning import (
     check_run_arguments,
     end_of_text,
     finish_runs,
-    given_value,
+    given_arguments,
     load_config,
     load_tokenizer,
     parse_dataclasses,
@@ -206,12 +206,14 @@ def parse_pretraining_arguments(
     Raises:
         ValueError, FileNotFoundError: an argument is wrong or missing; the message names it and what would work.
     """
-    preset = given_value("preset", argv)
+    types = (ModelArguments, data_class, RunArguments, TrainingArguments)
+    defaults: dict[str, Any] = {**TRAINER_DEFAULTS, "remove_unused_columns": False}
+    given = given_arguments(types, argv, defaults)
+    preset = given.get("preset")
     known = [name for name in PRESETS if name.endswith(objective.name)]
     if preset is not None and preset not in known:
         raise ValueError(f"--preset {preset} is not one for {objective.name}: choose {' or '.join(known)}.")
-    defaults = {**TRAINER_DEFAULTS, "remove_unused_columns": False, **(PRESETS[preset] if preset else {})}
-    types = (ModelArguments, data_class, RunArguments, TrainingArguments)
+    defaults |= PRESETS[preset] if preset else {}
     model_args, data_args, run_args, training_args = parse_dataclasses(types, argv, defaults)
     training_args.dataloader_pin_memory &= training_args.device.type != "cpu"
     check_model_arguments(model_args)
@@ -220,17 +222,17 @@ def parse_pretraining_arguments(
     refuse_unless(training_args, "remove_unused_columns", (False,), "rows hold exactly what the model takes")
     metrics = ("loss", "token_perplexity", *(["word_perplexity"] if objective.is_causal else []))
     check_metric_for_best_model(training_args, metrics, objective.name)
-    if given_value("greater_is_better", argv) is None and "perplexity" in str(training_args.metric_for_best_model):
+    if given.get("greater_is_better") is None and "perplexity" in str(training_args.metric_for_best_model):
         training_args.greater_is_better = False  # the Trainer takes every figure but a loss for a score
     length = getattr(data_args, objective.length_argument)
     if length < 8:
         raise ValueError(f"--{objective.length_argument} {length} must be at least 8.")
-    if given_value("gradient_accumulation_steps", argv) is None:
+    if given.get("gradient_accumulation_steps") is None:
         if data_args.tokens_per_update is not None:
             training_args.gradient_accumulation_steps = accumulation_steps(
                 data_args.tokens_per_update, length, training_args
             )
-    elif given_value("tokens_per_update", argv) is not None:
+    elif given.get("tokens_per_update") is not None:
         raise ValueError("Got --tokens_per_update and --gradient_accumulation_steps: give one, each sets the other.")
     return model_args, data_args, run_args, training_args
 
