@@ -262,6 +262,8 @@ def load_config(args: ModelArguments, fields: Mapping[str, Any]) -> PreTrainedCo
 def parse_config_overrides(text: str, config: PreTrainedConfig) -> dict[str, Any]:
     """Parse `name=value,name=value`; a value is read as json where it is json, else taken as text.
 
+    `PreTrainedConfig.update_from_string` takes no lists, no None and no commas in values.
+
     Raises:
         ValueError: an item without "=", or a name that the configuration does not have.
     """
@@ -570,7 +572,8 @@ class EpochSetter(TrainerCallback):
 def change_factors(scheduler: Any, change: Callable[[Callable[[int], float]], Callable[[int], float]]) -> Any:
     """The scheduler with each factor of the learning rate, a function of the step, replaced by `change` of it.
 
-    One that does not work by factors is returned as it is.
+    One that does not work by factors is returned as it is. SequentialLR of torch cannot do this: the schedules of
+    transformers hold their own warm-up, and the inverse square root counts from it.
     """
     if not isinstance(scheduler, LambdaLR):
         return scheduler

@@ -229,7 +229,8 @@ class Masking:
     """BERT's masking: of the tokens chosen, 80 % become the mask, 10 % a random token, 10 % stay.
 
     What is chosen depends on the seed, the epoch and the number of the row only, so a run that was resumed sees the
-    same as one that was not.
+    same as one that was not. `DataCollatorForLanguageModeling(seed=...)` draws from one generator all the time: with
+    it a resumed run, a second worker and a second evaluation of the same model see other masks.
     """
 
     mask: int
@@ -288,6 +289,7 @@ class PackedStream(IterableDataset):
     """Rows made while they are read, again and again, shuffled within a buffer; the same ones for the same seed.
 
     There is no end, so for the Trainer all is one epoch, and a resumed run finds its place by reading up to it.
+    `datasets.IterableDataset` would repeat the rows in one order, and give all of a source to one worker.
     """
 
     def __init__(
