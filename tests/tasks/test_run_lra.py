@@ -131,8 +131,9 @@ def test_a_resumed_run_goes_on_to_the_same_losses(arguments, tmp_path):
     assert histories[0] == histories[1]
 
 
-def test_published_hyperparameters_are_the_defaults_and_may_be_overridden(tmp_path):
-    argv = ["--task_name", "pathfinder", "--variant", "t1", "--do_train", "--output_dir", str(tmp_path)]
+@pytest.mark.parametrize("option", ["--task_name", "--task-name", "--task_n"])
+def test_published_hyperparameters_are_the_defaults_and_may_be_overridden(option, tmp_path):
+    argv = [option, "pathfinder", "--variant", "t1", "--do_train", "--output_dir", str(tmp_path)]
     _, data_args, _, training_args = run_lra.parse_arguments([*argv, "--learning_rate", "0.1"])
     assert (training_args.per_device_train_batch_size, training_args.num_train_epochs) == (128, 200)
     assert (training_args.learning_rate, training_args.warmup_steps, training_args.seed) == (0.1, 312, 2222)
