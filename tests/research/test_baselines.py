@@ -48,7 +48,7 @@ OPTIONS = {
     "skyformer": {"num_samples": 6},
     "transformer_ls": {"window": 2, "num_landmarks": 3, "chunk_size": 2},
 }
-WITHOUT_MAP = ("reformer", "transformer_ls")
+WITHOUT_MAP = [name for name in MIXERS if not MIXERS[name].has_map]
 MEANS = ("1+elu", "bigbird", "cosformer", "informer", "lln", "lln_diag", "local", "performer", "softmax")
 FORMS = [
     (name, causal) for name in sorted(MIXERS) for causal in (False, True) if MIXERS[name].has_causal_form >= causal

@@ -118,6 +118,7 @@ class LogNormalDiagMixer(Mixer):
         super().__init__(config)
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is not known; choose one of {', '.join(map(repr, MODES))}.")
+        self.has_map = mode == "average"  # otherwise each channel has one of its own
         self.mode, self.log_normal = mode, LogNormalMixer(config, moments)
         shape = (1, config.num_attention_heads, 1, config.head_dim)
         self.ratio = nn.Parameter(torch.full(shape, 0.5)) if mode != "average" else None
@@ -132,7 +133,7 @@ class LogNormalDiagMixer(Mixer):
         return self.ratio * linear + other * diag
 
     def attention_map(self, query, key, metadata, causal):
-        if self.ratio is not None:  # each channel has a map of its own
+        if not self.has_map:
             return None
         diag = diag_attention_map(
             query,

@@ -57,6 +57,7 @@ class Mixer(nn.Module, ABC):
     """
 
     has_causal_form = True
+    has_map = True
     takes_half_precision = False  # otherwise inputs are float32 at least
     shares_query_and_key = False  # there is no projection of keys then, they are the queries
 
@@ -73,7 +74,7 @@ class Mixer(nn.Module, ABC):
     def attention_map(
         self, query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata, causal: bool
     ) -> torch.Tensor | None:
-        """The definition as a map (batch, heads, seq, seq) to multiply the values with; None where there is none."""
+        """The definition as a map (batch, heads, seq, seq) to multiply values with; None where `has_map` is False."""
         return None
 
 
@@ -84,6 +85,7 @@ class BaselineAttention(TransNormerAttention):
     """
 
     has_causal_form = True
+    has_map = True
     replaces_feed_forward = False
     name: str
 

@@ -29,7 +29,7 @@ SELF_SCORE = -1e5
 class ReformerMixer(Mixer):
     """chunk_size: tokens per chunk; num_hashes: rounds. The defaults are those of the Long-Range Arena models."""
 
-    has_causal_form = False
+    has_causal_form = has_map = False
     shares_query_and_key = True
 
     def __init__(self, config: TransNormerConfig, chunk_size: int = 64, num_hashes: int = 2, seed: int = 0):

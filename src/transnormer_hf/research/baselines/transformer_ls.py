@@ -32,6 +32,8 @@ from .rows import real_tokens
 class LongShortAttention(BaselineAttention):
     """window: w; None is 8 bidirectional, 64 causal. num_landmarks: r, bidirectional. chunk_size: c, causal."""
 
+    has_map = False  # landmarks of values are normalised, which no weights of the values are
+
     def __init__(
         self, config: TransNormerConfig, window: int | None = None, num_landmarks: int = 32, chunk_size: int = 32
     ):
