@@ -21,6 +21,7 @@ from ...model.reference_transnormer import AttentionMetadata, zero_padding
 from .mixer import Mixer, masked_softmax, register_mixer
 from .rows import nth_token, real_tokens
 from .seeded import seeded_uniform
+from .skyformer import take
 
 
 @register_mixer("informer")
@@ -70,11 +71,10 @@ class InformerMixer(Mixer):
         is_drawn = draws < number  # (rows, longest)
 
         share = seeded_uniform(self.seed, metadata.positions[:, None], draws)  # (seq, longest)
-        sampled = nth_token(metadata, seq_len, (share.flatten() * count).long())  # (rows, seq * longest)
-        sampled = sampled.unflatten(1, (seq_len, longest)).expand(len(query), -1, -1)
-        row = torch.arange(len(query), device=query.device)[:, None, None]
-        scores = torch.einsum("bhnd,bnshd->bhns", query, key.transpose(1, 2)[row, sampled])
-        scores = scores * query.shape[-1] ** -0.5
+        sampled = nth_token(metadata, seq_len, (share.flatten() * count).long()).unflatten(1, (seq_len, longest))
+        # draw by draw: all sampled keys together would be many times as large as the keys
+        scores = torch.stack([(query * take(key, index)).sum(-1) for index in sampled.unbind(2)], -1)
+        scores = scores * query.shape[-1] ** -0.5  # (rows, heads, seq, longest)
         largest = scores.masked_fill(~is_drawn[:, None, None], -math.inf).amax(-1)
         mean = scores.masked_fill(~is_drawn[:, None, None], 0).sum(-1) / count.clamp(min=1)[:, None]
         sparsity = (largest - mean).masked_fill(~is_real[:, None], -math.inf)  # (rows, heads, seq)

@@ -1,7 +1,7 @@
 """Token mixers: their registry, their base classes, the attention around one, linear attention with a denominator.
 
 Shapes are (batch, heads, seq, head_dim) throughout. A mixer computes in float32 at least; `metadata` says which tokens
-are real. Outputs at padding are finite and otherwise undefined.
+are real. Outputs at padding are finite and otherwise undefined. Only softmax has `attention_probs_dropout_prob`.
 """
 
 from abc import ABC, abstractmethod

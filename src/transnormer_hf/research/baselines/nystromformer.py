@@ -50,7 +50,9 @@ class NystromformerMixer(Mixer):
         query_landmarks, key_landmarks = segments @ query, segments @ key  # (rows, heads, m, head_dim)
         among = masked_softmax(query_landmarks @ key_landmarks.mT, ~is_empty[:, :, None, :])
         # an absent landmark stands for itself, so that the map can be inverted
-        among = torch.where(is_empty[..., None], torch.eye(among.shape[-1]).to(among), among)
+        among = torch.where(
+            is_empty[..., None], torch.eye(among.shape[-1], dtype=among.dtype, device=among.device), among
+        )
         from_tokens = masked_softmax(query_landmarks @ key.mT, is_real[:, None, None, :] & ~is_empty[..., None])
         to_landmarks = masked_softmax(query @ key_landmarks.mT, ~is_empty[:, :, None, :])
         return to_landmarks, newton_schulz_inverse(among), from_tokens
@@ -70,7 +72,7 @@ def segment_means(is_real: torch.Tensor, num_landmarks: int) -> torch.Tensor:
 
 def newton_schulz_inverse(matrix: torch.Tensor) -> torch.Tensor:
     """The pseudo-inverse of (..., m, m) maps of non-negative rows that sum to 1, by six steps of third order."""
-    identity = torch.eye(matrix.shape[-1]).to(matrix)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     inverse = matrix.mT / matrix.sum(-2).amax(-1)[..., None, None]
     for _ in range(6):
         product = matrix @ inverse

@@ -1,4 +1,8 @@
-"""The baselines of the paper's Tables 4 and 5 at full size, as the authors' released code configures them."""
+"""The baselines of the paper's Tables 4 and 5 at full size, as the authors' released code configures them.
+
+Two things differ: Transformer-LS as a language model has dropout on its embeddings here, and FLASH lacks the 256
+parameters a layer that theirs never uses.
+"""
 
 from typing import Any
 

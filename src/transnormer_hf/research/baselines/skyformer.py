@@ -48,7 +48,8 @@ class SkyformerMixer(Mixer):
         query, key = query * scale, key * scale
         queries, keys = self.sample(metadata, query.shape[2]).expand(query.shape[0], -1).chunk(2, 1)
         sample = torch.cat([take(states, index) for states, index in ((query, queries), (key, keys))], 2)
-        among = gaussian_kernel(sample, sample) + self.gamma * torch.eye(self.num_samples).to(sample)
+        among = gaussian_kernel(sample, sample)  # (rows, heads, D, D)
+        among = among + self.gamma * torch.eye(self.num_samples, dtype=among.dtype, device=among.device)
         root = among.sum(-1).rsqrt()  # (rows, heads, D)
         both = root[..., :, None] * root[..., None, :]
         from_sample = gaussian_kernel(sample, key)
