@@ -43,30 +43,23 @@ class BigBirdMixer(Mixer):
         num_seen, num_blocks = 5 + self.num_random_blocks, visible.shape[-1]
         if num_blocks <= num_seen:  # blocks that are not seen are too few to be worth gathering the others
             return self.attention_map(query, key, metadata, causal) @ zero_padding(value, metadata)
-        rows, heads = query.shape[:2]
+        row, head = (torch.arange(n, device=query.device) for n in query.shape[:2])
         query, key, value = (
             F.pad(states, (0, 0, 0, -seq_len % size)).unflatten(2, (-1, size))
             for states in (query * query.shape[-1] ** -0.5, key, zero_padding(value, metadata))
         )  # (rows, heads, blocks, size, head_dim)
-        is_key = F.pad(real_tokens(metadata, seq_len), (0, -seq_len % size)).unflatten(1, (-1, size))
-        is_key = is_key.expand(rows, -1, -1)  # (rows, blocks, size)
+        is_key = F.pad(real_tokens(metadata, seq_len), (0, -seq_len % size)).expand(len(row), -1)
 
-        is_seen, index = visible.int().topk(num_seen, dim=-1)  # (rows, heads, blocks, num_seen)
-        row, head = (torch.arange(n, device=index.device) for n in (rows, heads))
-        row = row[:, None, None, None]
-        head = head[:, None, None]
-        keys, values = (states[row, head, index].flatten(3, 4) for states in (key, value))
-        is_key_seen = (is_key[row, index] & (is_seen > 0)[..., None]).flatten(3, 4)  # (..., blocks, num_seen * size)
-        output = masked_softmax(query @ keys.mT, is_key_seen[..., None, :]) @ values
+        is_seen, index = visible.int().expand(len(row), -1, -1, -1).topk(num_seen, dim=-1)
+        place = row[:, None, None, None], head[:, None, None], index  # index (rows, heads, blocks, num_seen)
+        keys, values = (states[place].flatten(3, 4) for states in (key, value))
+        is_key_seen = is_key.unflatten(1, (-1, size))[place[0], index] & (is_seen > 0)[..., None]
+        output = masked_softmax(query @ keys.mT, is_key_seen.flatten(3)[..., None, :]) @ values
 
-        first, last = self._global_blocks(metadata, seq_len)
-        for block in (first, last.expand(rows)):  # which see all
-            place = row[:, 0, 0, 0], slice(None), block
-            scores = query[place] @ key.flatten(2, 3).mT  # (rows, heads, size, all)
-            weights = masked_softmax(scores, is_key.flatten(1)[:, None, None, :])
-            output = output.index_put(
-                (row[..., 0, 0], head[:, 0, 0], block.expand(rows)[:, None]), weights @ value.flatten(2, 3)
-            )
+        last = (row_lengths(metadata, seq_len) - 1).clamp(min=0) // size
+        for block in (torch.zeros_like(last), last):  # they see all
+            scores = query[row, :, block] @ key.flatten(2, 3).mT  # (rows, heads, size, all)
+            output[row, :, block] = masked_softmax(scores, is_key[:, None, None, :]) @ value.flatten(2, 3)
         return output.flatten(2, 3)[:, :, :seq_len]
 
     def attention_map(self, query, key, metadata, causal):
@@ -76,15 +69,9 @@ class BigBirdMixer(Mixer):
         visible = visible[:, :, :seq_len, :seq_len] & real_tokens(metadata, seq_len)[:, None, None, :]
         return masked_softmax(query @ key.mT * query.shape[-1] ** -0.5, visible)
 
-    def _global_blocks(self, metadata: AttentionMetadata, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers of the first and the last block of each row: (1,) and (rows or 1,)."""
-        last = (row_lengths(metadata, seq_len) - 1).clamp(min=0) // self.block_size
-        return torch.zeros_like(last[:1]), last
-
     def visible_blocks(self, metadata: AttentionMetadata, seq_len: int, heads: int) -> torch.Tensor:
         """Which blocks see which: (rows or 1, heads, blocks, blocks) bool; none sees what lies behind a row's last."""
-        _, last = self._global_blocks(metadata, seq_len)
-        last = last[:, None, None]
+        last = ((row_lengths(metadata, seq_len) - 1).clamp(min=0) // self.block_size)[:, None, None]
         blocks = torch.arange(-(-seq_len // self.block_size), device=last.device)
         query, key = blocks[:, None], blocks
         visible = ((query - key).abs() <= 1) | (key == 0) | (key == last) | (query == 0) | (query == last)
