@@ -48,8 +48,8 @@ import run_clm
 import run_glue
 import run_lra
 import run_mlm
-import transnormer_hf.research.baselines  # noqa: F401  registers TransNormer and the baselines
 from transnormer_hf.hub.model_card import package_versions
+from transnormer_hf.research.baselines import MIXERS
 from transnormer_hf.research.diagnostics import GradientDeviationCallback, attention_report
 from transnormer_hf.research.diagnostics.log_normal import compare_concentration, compare_memory, log_normal_error
 from transnormer_hf.research.reproduction import (
@@ -334,7 +334,7 @@ def run_language_model(
     if figures["perplexity"] is None:
         diverged = {"step": state["global_step"], "loss": losses[-1][1]}
         return {"status": "diverged", "diverged": diverged, "figures": figures}
-    if is_masked:
+    if is_masked and all(MIXERS[name].has_map for name in settings["model"]["layer_types"] if name in MIXERS):
         figures["attention"] = measure_attention(options, folder / "run")
     return {"status": "done", "figures": figures}
 
@@ -424,7 +424,7 @@ def run_speed(options: argparse.Namespace, settings: Mapping[str, Any], tokenize
     flags = ["--table7", "--lengths", lengths, "--max_minutes", str(settings["max_minutes"])]
     report = benchmark_model.main([*flags, "--output_dir", str(folder)])
     timed = [row for row in report["results"] if "steps_per_second" in row]
-    kept = ("model", "length", "steps_per_second")
+    kept = ("model", "length", "steps_per_second", "peak_bytes")
     figures = {
         task: [{name: row[name] for name in kept} for row in timed if row["task"] == task]
         for task in ("training", "inference")

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from transnormer_hf import TransNormerConfig
 from transnormer_hf.model.modeling_transnormer import TransNormerAttention
 from transnormer_hf.research.baselines import baseline_config
+from transnormer_hf.research.baselines.flash_quad import GatedAttentionUnit
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 
@@ -59,8 +60,14 @@ def build_transnormer(
 
 
 def build_baseline(size: Size, length: int, mixer: str) -> PreTrainedModel:
+    if mixer.startswith("flash"):  # a layer without a feed-forward counts for half a one
+        size = size._replace(num_hidden_layers=2 * size.num_hidden_layers)
     config = baseline_config(transnormer_config(size, length, "t2", causal=False), mixer)
-    return AutoModelForMaskedLM.from_config(config)
+    model = AutoModelForMaskedLM.from_config(config)
+    for module in model.modules():
+        if isinstance(module, GatedAttentionUnit):  # its small scale lets nothing through that could be checked
+            torch.nn.init.ones_(module.scale)
+    return model
 
 
 def replace_attention(model: PreTrainedModel, attend: Attend) -> None:
@@ -184,7 +191,21 @@ TABLE7 = {
     "vanilla": in_one_backbone("softmax"),
     "1+elu": in_one_backbone("1+elu"),
     "performer": in_one_backbone("performer"),
+    "cosformer": in_one_backbone("cosformer"),
+    "ls": in_one_backbone("transformer_ls"),
+    "flash-quad": in_one_backbone("flash_quad"),
+    "flash": in_one_backbone("flash"),
     "transnormer-t1-bidirectional": CONTENDERS["transnormer-t1-bidirectional"],
     "transnormer-t2-bidirectional": CONTENDERS["transnormer-t2-bidirectional"],
+    "lln": in_one_backbone("lln"),
+    "lln-diag": in_one_backbone("lln_diag"),
+    "local": in_one_backbone("local"),
+    "kernelized": in_one_backbone("kernelized"),
+    "skyformer": in_one_backbone("skyformer"),
+    "nystrom": in_one_backbone("nystromformer"),
+    "linformer": in_one_backbone("linformer"),
+    "informer": in_one_backbone("informer"),
+    "bigbird": in_one_backbone("bigbird"),
+    "lsh": in_one_backbone("reformer"),
 }
 EVERYTHING = CONTENDERS | TABLE7

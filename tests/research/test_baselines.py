@@ -1,7 +1,9 @@
 """The baselines: each against a definition written here from its paper, and all of them as models."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from transnormer_hf.research.baselines import (
 )
 from transnormer_hf.research.baselines.elu import EluMixer
 from transnormer_hf.research.baselines.log_normal import PUBLISHED_CONSTANTS, fit_constants, moment_matching_constants
-from transnormer_hf.research.baselines.mixer import CHUNK_SIZE
+from transnormer_hf.research.baselines.mixer import CHUNK_SIZE, make_attention
 from transnormer_hf.research.baselines.performer import favor_directions
 
 BATCH, HEADS, SEQ, HEAD_DIM, MAX_LENGTH = 2, 2, 11, 4, 16
@@ -33,18 +35,60 @@ FIELDS = {
     "attention_probs_dropout_prob": 0.0,
     "initializer_range": 0.2,
 }
+# So small that a text of SEQ tokens has several blocks, chunks and landmarks.
+OPTIONS = {
+    "bigbird": {"block_size": 1, "num_random_blocks": 1},
+    "flash": {"query_size": 4, "chunk_size": 4},
+    "flash_quad": {"query_size": 4},
+    "informer": {"factor": 2},
+    "linformer": {"projected_length": 3},
+    "local": {"window": 4},
+    "nystromformer": {"num_landmarks": 4},
+    "reformer": {"chunk_size": 2},
+    "skyformer": {"num_samples": 6},
+    "transformer_ls": {"window": 2, "num_landmarks": 3, "chunk_size": 2},
+}
+WITHOUT_MAP = [name for name in MIXERS if not MIXERS[name].has_map]
+MEANS = ("1+elu", "bigbird", "cosformer", "informer", "lln", "lln_diag", "local", "performer", "softmax")
+FORMS = [
+    (name, causal) for name in sorted(MIXERS) for causal in (False, True) if MIXERS[name].has_causal_form >= causal
+]
 of_each_mixer = pytest.mark.parametrize("mixer", sorted(MIXERS))
+of_each_form = pytest.mark.parametrize(
+    ("mixer", "causal"), FORMS, ids=[f"{name}-{'causal' if causal else 'bidirectional'}" for name, causal in FORMS]
+)
+of_each_causal_form = pytest.mark.parametrize("mixer", [name for name, causal in FORMS if causal])
 of_each_mode = pytest.mark.parametrize("mode", ["average", "learnable_scale", "learnable_ratio"])
 both_directions = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 
 
 def make_config(mixer, **fields):
-    return baseline_config(TransNormerConfig(**FIELDS | fields), mixer)
+    return baseline_config(TransNormerConfig(**FIELDS | fields), mixer, **OPTIONS.get(mixer, {}))
 
 
 def make_mixer(name, head_dim=HEAD_DIM, **options):
     config = TransNormerConfig(**FIELDS | {"hidden_size": HEADS * head_dim})
     return MIXERS[name](config, **options).double().eval()
+
+
+def make_layer_attention(name, causal, **fields):
+    """The attention of a model's layer; its weights are large enough to tell what it attends to."""
+    attention = make_attention(make_config(name, is_causal=causal, **fields), name).double().eval()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.5)
+    return attention
+
+
+def random_hidden_states(batch=BATCH, seq=SEQ, scale=1.0):
+    return scale * torch.randn(batch, seq, HEADS * HEAD_DIM, dtype=torch.float64)
+
+
+def attend(attention, hidden_states, mask=None, output_attentions=False):
+    metadata = attention_metadata(*hidden_states.shape[:2], hidden_states.device, mask)
+    output, weights = attention(hidden_states, metadata, output_attentions=output_attentions)
+    return (output, weights) if output_attentions else output
 
 
 def random_states(batch=BATCH, seq=SEQ, head_dim=HEAD_DIM, scale=1.0):
@@ -87,12 +131,14 @@ def log_normal_score(q, k, i, j, alpha, beta, **_):
     return float((alpha[i] * q).exp() @ (beta[j] * k).exp())
 
 
-def log_normal_scales(query, key, causal, row):
-    """alpha and beta of each token: from all numbers of the batch, or from this row's up to the token."""
+def log_normal_scales(query, key, causal, row, moments):
+    """alpha and beta of each token: from all numbers of the batch or row, or from this row's up to the token."""
     a, b = moment_matching_constants(query.shape[-1])
     alphas, betas = [], []
     for t in range(query.shape[2]):
-        seen_query, seen_key = (s[row, :, : t + 1] if causal else s for s in (query, key))
+        seen_query, seen_key = (
+            s[row, :, : t + 1] if causal else s[row] if moments == "row" else s for s in (query, key)
+        )
         query_std, key_std = (seen.flatten().std(correction=1) for seen in (seen_query, seen_key))
         matched = torch.sqrt((query_std**2 * key_std**2 - b) / (2 * a))
         alphas.append(matched / query_std)
@@ -109,11 +155,11 @@ DEFINITIONS = {
 }
 
 
-def attend_by_definition(name, query, key, value, causal):
+def attend_by_definition(name, query, key, value, causal, moments="row"):
     output = torch.zeros_like(value)
     length = MAX_LENGTH if causal else query.shape[2]
     for row in range(query.shape[0]):
-        alpha, beta = log_normal_scales(query, key, causal, row) if name == "lln" else (None, None)
+        alpha, beta = log_normal_scales(query, key, causal, row, moments) if name == "lln" else (None, None)
         for head in range(query.shape[1]):
             for i in range(query.shape[2]):
                 seen = range(i + 1) if causal else range(query.shape[2])
@@ -135,6 +181,18 @@ def test_output_is_that_of_the_definition(name, causal):
     states = random_states()
     expected = attend_by_definition(name, *states, causal)
     torch.testing.assert_close(run(make_mixer(name), *states, causal), expected)
+
+
+def test_moments_of_the_batch_are_those_of_the_authors():
+    states = random_states()
+    states[0][1] *= 3
+    expected = attend_by_definition("lln", *states, False, moments="batch")
+    torch.testing.assert_close(run(make_mixer("lln", moments="batch"), *states, False), expected)
+    torch.testing.assert_close(
+        run(make_mixer("lln_diag", moments="batch"), *states, False) * 2
+        - run(make_mixer("lln_diag"), *states, False) * 2,
+        expected - attend_by_definition("lln", *states, False),
+    )
 
 
 @both_directions
@@ -165,77 +223,107 @@ def test_log_normal_with_diag_combines_both(mode, causal):
     torch.testing.assert_close(run(mixer, *states, causal), expected)
 
 
-@both_directions
-@of_each_mixer
+@of_each_form
 def test_map_times_values_is_the_output(mixer, causal):
     """Also over several chunks of the causal form, and where padding stands in front."""
-    query, key, value = random_states(seq=CHUNK_SIZE + 10)
-    mask = torch.ones(BATCH, query.shape[2], dtype=torch.long)
-    mask[0, :7] = 0
-    attend = make_mixer(mixer)
-    attend.config.max_position_embeddings = query.shape[2]
-    metadata = attention_metadata(BATCH, query.shape[2], query.device, mask)
-    weights = attend.attention_map(query, key, metadata, causal)
-    is_real = mask[:, None, :, None].bool()
-    rows_sum = weights.sum(-1, keepdim=True).masked_select(is_real)
-    # relu may leave a query nothing
-    torch.testing.assert_close(rows_sum, (rows_sum > 0).to(rows_sum) if mixer == "cosformer" else rows_sum * 0 + 1)
-    output = attend(query, key, value, metadata, causal)
-    expected = weights @ (value * is_real)
-    torch.testing.assert_close(output * is_real, expected * is_real)
+    seq = CHUNK_SIZE + 10
+    attention = make_layer_attention(mixer, causal, max_position_embeddings=seq)
+    hidden_states = random_hidden_states(seq=seq)
+    mask = torch.ones(BATCH, seq, dtype=torch.long)
+    mask[0, :7] = mask[1, 40] = 0
+    is_real = mask.bool()
+    output, weights = attend(attention, hidden_states, mask, output_attentions=True)
+    torch.testing.assert_close(output[is_real], attend(attention, hidden_states, mask)[is_real])
+    if mixer in WITHOUT_MAP:
+        assert weights is None
+        return
+    assert weights.shape == (BATCH, 1 if "flash" in mixer else HEADS, seq, seq)
+    if mixer in MEANS:
+        sums = weights.sum(-1).transpose(1, 2)[is_real]
+        # relu may leave a query nothing
+        torch.testing.assert_close(sums, (sums > 0).to(sums) if mixer == "cosformer" else torch.ones_like(sums))
+    assert (weights[0, :, 7:, :7] == 0).all()
+    assert (weights[1, ..., 40] == 0).all()
+    if causal:
+        assert (weights[0, :, 7:].triu(8) == 0).all()
+        assert (weights[1].triu(1) == 0).all()
 
 
-@both_directions
-@of_each_mixer
+@of_each_form
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_padding_changes_nothing(mixer, causal, side):
-    """One row in the batch, for the bidirectional moments of "lln" are those of the whole batch."""
-    states = random_states(batch=1)
-    left, right = {"left": (3, 0), "right": (0, 3), "both": (2, 2)}[side]
-    padded = [F.pad(s, (0, 0, left, right), value=7.0) for s in states]
-    mask = F.pad(torch.ones(1, SEQ, dtype=torch.long), (left, right))
-    attend = make_mixer(mixer)
-    output = run(attend, *padded, causal, mask)
-    assert output.isfinite().all()
-    torch.testing.assert_close(output[:, :, left : left + SEQ], run(attend, *states, causal))
+    """At every length that padding leaves: no block, chunk or landmark has to be full."""
+    attention = make_layer_attention(mixer, causal)
+    for seq in range(1, SEQ + 1):
+        hidden_states = random_hidden_states(batch=1, seq=seq)
+        left = {"left": SEQ + 1 - seq, "right": 0, "both": (SEQ + 1 - seq) // 2}[side]
+        right = SEQ + 1 - seq - left
+        padded = F.pad(hidden_states, (0, 0, left, right), value=7.0)
+        mask = F.pad(torch.ones(1, seq, dtype=torch.long), (left, right))
+        output = attend(attention, padded, mask)
+        assert output.isfinite().all()
+        alone = attend(attention, hidden_states)
+        assert alone.isfinite().all()
+        torch.testing.assert_close(output[:, left : left + seq], alone)
 
 
-@both_directions
-@of_each_mixer
+@of_each_form
 def test_row_of_padding_is_finite_forward_and_backward(mixer, causal):
-    states = [s.requires_grad_() for s in random_states()]
+    hidden_states = random_hidden_states().requires_grad_()
     mask = torch.ones(BATCH, SEQ, dtype=torch.long)
     mask[1] = 0
-    run(make_mixer(mixer), *states, causal, mask)[0].sum().backward()
-    assert all(s.grad.isfinite().all() for s in states)
+    attend(make_layer_attention(mixer, causal), hidden_states, mask)[0].sum().backward()
+    assert hidden_states.grad.isfinite().all()
 
 
-@of_each_mixer
+@of_each_causal_form
 def test_causal_form_does_not_see_the_future(mixer):
-    states = random_states()
-    attend = make_mixer(mixer)
-    shortened = run(attend, *(s[:, :, : SEQ // 2] for s in states), True)
-    louder = [torch.cat((s[:, :, : SEQ // 2], 300 * s[:, :, SEQ // 2 :]), 2) for s in states]
-    changed = run(attend, *louder, True)[:, :, : SEQ // 2]
-    torch.testing.assert_close(changed, shortened)
+    """Nor how long the text will be, also beyond max_position_embeddings."""
+    attention = make_layer_attention(mixer, True, **({} if mixer == "cosformer" else {"max_position_embeddings": 7}))
+    hidden_states = random_hidden_states()
+    shortened = attend(attention, hidden_states[:, : SEQ // 2])
+    louder = torch.cat((hidden_states[:, : SEQ // 2], 300 * hidden_states[:, SEQ // 2 :]), 1)
+    torch.testing.assert_close(attend(attention, louder)[:, : SEQ // 2], shortened)
 
 
-@of_each_mixer
-def test_causal_rows_do_not_depend_on_the_batch(mixer):
-    states = random_states()
-    together = run(make_mixer(mixer), *states, True)
-    alone = run(make_mixer(mixer), *(s[1:] for s in states), True)
-    torch.testing.assert_close(together[1:], alone)
+@pytest.mark.parametrize("mixer", [name for name in MIXERS if not MIXERS[name].has_causal_form])
+def test_causal_model_of_a_bidirectional_mixer_is_refused(mixer):
+    with pytest.raises(ValueError, match=f"mixer='{mixer}' is defined for bidirectional.*choose one of .*'performer'"):
+        AutoModelForCausalLM.from_config(make_config(mixer))
 
 
-@both_directions
-@of_each_mixer
+@of_each_form
+def test_rows_do_not_depend_on_the_batch(mixer, causal):
+    """Neither on louder neighbours nor on longer ones."""
+    attention = make_layer_attention(mixer, causal)
+    hidden_states = random_hidden_states(3) * torch.tensor([1.0, 3.0, 0.3])[:, None, None]
+    mask = torch.ones(3, SEQ, dtype=torch.long)
+    mask[2, 5:] = 0
+    together = attend(attention, hidden_states, mask)
+    for row, length in enumerate([SEQ, SEQ, 5]):
+        alone = attend(attention, hidden_states[row : row + 1, :length])
+        torch.testing.assert_close(together[row : row + 1, :length], alone)
+
+
+@of_each_form
+def test_training_and_evaluation_are_one_function_without_global_random_state(mixer, causal):
+    attention, hidden_states = make_layer_attention(mixer, causal), random_hidden_states()
+    evaluated = attend(attention, hidden_states)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    trained = attend(attention.train(), hidden_states)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert random.getstate() == before[2]
+    torch.testing.assert_close(trained, evaluated, atol=0, rtol=0)
+
+
+@of_each_form
 def test_large_inputs_stay_finite(mixer, causal):
-    states = [s.float().requires_grad_() for s in random_states(scale=30.0)]
-    output = run(make_mixer(mixer).float(), *states, causal)
+    hidden_states = random_hidden_states(scale=30.0).float().requires_grad_()
+    output = attend(make_layer_attention(mixer, causal).float(), hidden_states)
     output.sum().backward()
     assert output.isfinite().all()
-    assert all(s.grad.isfinite().all() for s in states)
+    assert hidden_states.grad.isfinite().all()
 
 
 def test_performer_estimates_softmax():
@@ -285,14 +373,13 @@ def test_no_gradient_flows_through_the_moments():
     metadata = attention_metadata(BATCH, SEQ, query.device)
     scaled, _ = attend.exponents(query, key, metadata, False)
     (gradient,) = torch.autograd.grad(scaled.sum(), query)
-    assert (gradient - gradient.flatten()[0]).abs().max() == 0  # alpha, the same everywhere
+    assert (gradient - gradient[:, :1, :1, :1]).abs().max() == 0  # alpha, the same everywhere in a row
 
 
 # As models
 
 
-@both_directions
-@of_each_mixer
+@of_each_form
 def test_model_runs_by_its_definition_as_well(mixer, causal):
     auto_class = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     model = auto_class.from_config(make_config(mixer)).eval()
@@ -303,13 +390,14 @@ def test_model_runs_by_its_definition_as_well(mixer, causal):
     model.config.backend = "eager"
     torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], fast[mask.bool()])
     outputs = model(ids, attention_mask=mask, labels=ids, output_attentions=True)
-    assert [tuple(weights.shape) for weights in outputs.attentions] == [(BATCH, HEADS, SEQ, SEQ)] * 2
+    if mixer not in WITHOUT_MAP:
+        shape = (BATCH, 1 if "flash" in mixer else HEADS, SEQ, SEQ)
+        assert [tuple(weights.shape) for weights in outputs.attentions] == [shape] * 2
     outputs.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@both_directions
-@of_each_mixer
+@of_each_form
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_packed_sequences_do_not_see_each_other(mixer, causal, backend):
     auto_class = AutoModelForCausalLM if causal else AutoModelForMaskedLM
@@ -355,7 +443,7 @@ def test_half_precision_and_autocast_are_close_to_float32():
 def test_parameters_are_those_of_the_backbone_without_lrpe():
     base = TransNormerConfig(**FIELDS | {"lrpe": False})
     ours = AutoModelForMaskedLM.from_config(base).num_parameters()
-    for mixer in MIXERS:
+    for mixer in MIXERS.keys() - {"flash", "flash_quad", "linformer", "reformer", "transformer_ls"}:
         assert AutoModelForMaskedLM.from_config(baseline_config(base, mixer)).num_parameters() == ours
 
 
@@ -414,8 +502,8 @@ def _train(model, arguments, rows):
 
 
 def test_bad_input_is_named():
-    with pytest.raises(StrictDataclassError, match=r"mixer='flash' is not known; choose one of .*'softmax'"):
-        make_config("flash")
+    with pytest.raises(StrictDataclassError, match=r"mixer='mamba' is not known; choose one of .*'softmax'"):
+        make_config("mamba")
     base = TransNormerConfig(**FIELDS)
     with pytest.raises(StrictDataclassError, match=r"'width'.*performer knows num_features, seed"):
         baseline_config(base, "performer", width=3)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import reproduce
 from transnormer_hf.research import reproduction, reproduction_report
@@ -183,7 +184,7 @@ def test_log_normal_attention_is_measured_without_training(run, trainings, monke
     assert "LLN" in (out / "results.md").read_text()
 
 
-@pytest.mark.slow  # 25 trainings, of two steps each
+@pytest.mark.slow  # some 80 trainings, of two steps each
 def test_every_other_table_runs(run, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduction, "ARENA_LENGTHS", {"listops": 64, "image": 1024})
     sentences = tmp_path / "glue" / "SST-2"
@@ -194,8 +195,8 @@ def test_every_other_table_runs(run, tmp_path, monkeypatch):
     pixels.write_text("".join(json.dumps({"pixels": [n] * 1024, "label": n}) + "\n" for n in range(10)))
     tables = ("--table", "2", "4", "5", "6", "fig2")
     out = run(*tables, "--glue_dir", str(tmp_path / "glue"), "--image_files", str(pixels), str(pixels))
-    for name in ("4/t2-seed1", "5/performer-sst2-seed1", "6/cosformer-listops-seed1", "6/t1-image-seed1"):
-        assert read(out, name)["status"] == "done"
+    for path in out.glob("cells/*/*"):
+        assert json.loads(path.read_text())["status"] == "done", path
     report = (out / "results.md").read_text()
     assert "Vanilla attention is more local than 1+elu" in report
     for title in ("Table 2", "Table 4", "Table 5", "Table 6", "Figure 2"):
@@ -271,7 +272,8 @@ def test_every_table_has_cells_of_its_own_names():
     assert len({cell.name for cell in cells}) == len(cells)
     assert {cell.table for cell in cells} == set(reproduction.TABLES)
     masked = {reproduction.settings_key(cell.settings) for cell in cells if cell.settings["task"] == "mlm"}
-    assert len(masked) == 2 * (4 + 2 + 2 + 2 * 12)  # Tables 1, 3 and 2, then 12 distinct ones of T1 and of T2
+    # Tables 1, 3 and 2, then 12 distinct ones of T1 and of T2, and 3 of Figure 2
+    assert len(masked) == 2 * (4 + 2 + 2 + 2 * 12 + 3)
     for cell in cells:
         assert json.loads(json.dumps(cell.settings)) == cell.settings
         if "model" in cell.settings:
@@ -370,6 +372,52 @@ def test_rank_correlation_is_scipys():
     stats = pytest.importorskip("scipy.stats")
     first, second = torch.randint(5, (2, 12)).double().tolist()
     assert reproduction_report.spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic)
+
+
+def test_rivals_have_the_size_of_the_others_and_blocks_as_short_as_the_texts():
+    cells = plan_cells(["4", "5", "6"], [1], scale(1), DATA)
+    models = {
+        (cell.table, cell.row, cell.column): cell.settings.get("pretrained", cell.settings)["model"] for cell in cells
+    }
+    layers = {place: model["num_hidden_layers"] for place, model in models.items()}
+    assert (layers["4", "FLASH", ""], layers["5", "FLASH", "sst2"], layers["4", "LS", ""]) == (7, 8, 4)
+    options = {place: (model.get("mixer_options") or {}) for place, model in models.items()}
+    assert options["4", "FLASH", ""]["flash"] == {"chunk_size": 8, "query_size": 24}
+    assert options["4", "LS", ""]["transformer_ls"] == {"num_landmarks": 4, "chunk_size": 4, "window": 8}
+    assert options["6", "BigBird", "image"]["bigbird"] == {"block_size": 64}  # rows of full length
+    assert options["6", "BigBird", "listops"]["bigbird"] == {"block_size": 16}
+    weights = {}
+    for row in ("Vanilla", "LS", "FLASH-quad", "FLASH"):
+        config = reproduce.AutoConfig.for_model(**models["4", row, ""], vocab_size=8, pad_token_id=1)
+        with torch.device("meta"):
+            weights[row] = AutoModelForCausalLM.from_config(config).num_parameters()
+    assert all(0.9 < weights[row] / weights["Vanilla"] < 1.25 for row in weights)
+
+
+def test_growth_is_a_power_of_the_length():
+    lengths = (1024, 2048, 3072, 5120)
+    assert reproduction_report.growth_exponent({n: 3e-6 * n**2 for n in lengths}) == pytest.approx(2)
+    assert reproduction_report.growth_exponent(dict.fromkeys(lengths, 7.0)) == pytest.approx(0, abs=1e-9)
+    assert math.isnan(reproduction_report.growth_exponent({1024: 1.0}))
+    figures = {
+        task: [
+            {"model": model, "length": n, "steps_per_second": 1e6 / n**power, "peak_bytes": 1e3 * n**power}
+            for model, power in (("vanilla", 2), ("1+elu", 1))
+            for n in lengths
+        ]
+        for task in ("training", "inference")
+    }
+    text = "\n".join(reproduction_report.draw_speed([{"figures": figures}]))
+    assert text.count("| vanilla | 0.954 | 0.238 | 0.106 | 0.0381 | n^2.00 |") == 2
+    assert text.count("| 1+elu | 1 | 2 | 3 | 5 | n^1.00 |") == 2
+    assert text.count("| T2, paper (A6000) | 29.41 | – | 12.95 |") == 1
+
+
+def test_another_papers_figures_are_named_as_such():
+    results = [result("6", row, 0.5, column="listops") for row in ("Skyformer", "T2")]
+    (text,) = reproduction_report.describe_skyformer(results)
+    assert text.endswith("LISTOPS Skyformer 38.69.")
+    assert reproduction_report.describe_skyformer(results[1:]) == []
 
 
 def test_tables_have_the_mean_the_seeds_and_the_paper():

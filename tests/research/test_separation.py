@@ -26,7 +26,7 @@ def test_few_tokens_are_separated_by_linear_attention_as_well():
     assert [row["separates"] for row in rows] == [True, True]
 
 
-@pytest.mark.parametrize("name", ["t1", "t2", "softmax", "lln_diag"])
+@pytest.mark.parametrize("name", ["t1", "t2", "softmax", "lln_diag", "flash", "transformer_ls", "linformer"])
 def test_every_model_trains(name, monkeypatch):
     monkeypatch.setattr(separation, "draw_texts", lambda count, n, g, draw=separation.draw_texts: draw(8, n, g))
     row = separation.train_row(name, 12, steps=10, seed=0)

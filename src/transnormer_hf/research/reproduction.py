@@ -195,13 +195,33 @@ def _ablation_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell
     ]
 
 
-# Row -> the mixer in the vanilla backbone, or T1 or T2.
+# Row -> the mixer in the vanilla backbone, or T1 or T2. Not in the paper's tables: log-normal attention, Nystromformer
+# outside of Table 6, and a local band.
 GRADIENT_ROWS = {"1+elu": "1+elu", "Performer": "performer", "Vanilla": "softmax", "NormAttention": "norm"}
-MODELS = {"Vanilla": "softmax", "1+elu": "1+elu", "Performer": "performer", "T1": "t1", "T2": "t2"}
-CURVES = {name: MODELS[name] for name in ("Vanilla", "1+elu", "T1", "T2")}
-ARENA_MODELS = {
-    "Transformer": "softmax", "Performer": "performer", "cosFormer": "cosformer", "T1": "t1", "T2": "t2",
+CAUSAL_MODELS = {
+    "Vanilla": "softmax", "LS": "transformer_ls", "FLASH-quad": "flash_quad", "FLASH": "flash", "1+elu": "1+elu",
+    "Performer": "performer", "T1": "t1", "T2": "t2", "LLN": "lln", "LLN + Diag": "lln_diag", "Local": "local",
 }  # fmt: skip
+GLUE_MODELS = CAUSAL_MODELS | {"Nystromformer": "nystromformer"}
+CURVES = {name: GLUE_MODELS[name] for name in ("Vanilla", "1+elu", "T1", "T2", "LLN", "LLN + Diag", "Nystromformer")}
+ARENA_MODELS = {
+    "Transformer": "softmax", "Kernelized": "kernelized", "Nystromformer": "nystromformer", "Linformer": "linformer",
+    "Informer": "informer", "Performer": "performer", "Reformer": "reformer", "BigBird": "bigbird",
+    "Skyformer": "skyformer", "LS": "transformer_ls", "cosFormer": "cosformer", "FLASH-quad": "flash_quad",
+    "FLASH": "flash", "T1": "t1", "T2": "t2", "LLN": "lln", "LLN + Diag": "lln_diag", "Local": "local",
+}  # fmt: skip
+# What the originals' models have for texts of full length.
+TEXT_SIZES: dict[str, dict[str, int]] = {
+    "bigbird": {"block_size": 64},
+    "flash": {"chunk_size": 64},
+    "linformer": {"projected_length": 128},
+    "nystromformer": {"num_landmarks": 128},
+    "reformer": {"chunk_size": 64},
+    "skyformer": {"num_samples": 128},
+    "transformer_ls": {"num_landmarks": 32, "chunk_size": 32},
+}
+# Layers of FLASH, which are attention and feed-forward in one, per layer of the others, bidirectional and causal.
+FLASH_LAYERS = {False: 2, True: 10 / 6}
 GLUE_TASKS = ("mnli", "qnli", "qqp", "sst2", "mrpc", "cola")  # MNLI is the matched one
 
 
@@ -212,7 +232,20 @@ def in_vanilla_backbone(config: TransNormerConfig, attention: str) -> TransNorme
     if attention == "norm":
         (row,) = (row for row in find_ablations(1) if row.row == "NormAttention, RMSNorm")
         return ablation_config(config, row)
-    return BaselineConfig(**backbone_fields(config) | VANILLA_BACKBONE, mixer=attention)
+    return in_backbone(config, attention, SHRINK, **VANILLA_BACKBONE)
+
+
+def in_backbone(config: TransNormerConfig, mixer: str, shrink: int, **changes: Any) -> BaselineConfig:
+    """A baseline in the backbone of `config` with these changes, its blocks and landmarks for texts `shrink` times as
+    short as the original's."""
+    fields = backbone_fields(config) | changes
+    options = {name: max(2, size // shrink) for name, size in TEXT_SIZES.get(mixer, {}).items()}
+    if mixer == "transformer_ls":
+        options["window"] = max(2, (64 if config.is_causal else 8) // shrink)
+    elif mixer in ("flash", "flash_quad"):
+        fields["num_hidden_layers"] = round(FLASH_LAYERS[config.is_causal] * config.num_hidden_layers)
+        options["query_size"] = config.hidden_size // 8 * 2  # 128 of 512 channels
+    return BaselineConfig(**fields, mixer=mixer, mixer_options={mixer: options} if options else None)
 
 
 def pretrained_settings(attention: str, size: Scale, seed: int, data: Data) -> dict[str, Any]:
@@ -237,13 +270,15 @@ def _curve_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
 
 def _causal_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
     cells = []
-    for row, attention in MODELS.items():
+    for row, attention in CAUSAL_MODELS.items():
         config = TransNormerConfig(**_sizes(size, LENGTH), **DECODER, variant=attention if attention == "t1" else "t2")
         settings = masked_settings(in_vanilla_backbone(config, attention), size, seed, data["mlm"])
         training = {name: value for name, value in settings["training"].items() if name not in MASKED_ONLY}
         training["block_size"] = LENGTH
         cells.append(
-            Cell(table, row, "", paper.TABLE_4["validation"][row], {**settings, "task": "clm", "training": training})
+            Cell(
+                table, row, "", paper.TABLE_4["validation"].get(row), {**settings, "task": "clm", "training": training}
+            )
         )
     return cells
 
@@ -275,7 +310,7 @@ def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
             },
         )
         for name, source in data["glue"].items()
-        for row, attention in MODELS.items()
+        for row, attention in GLUE_MODELS.items()
     ]
 
 
@@ -300,7 +335,7 @@ def _arena_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
             sizes = {**_sizes(size, length), "intermediate_size": 2 * size.width}
             config = task.config(variant, **sizes)
             if attention not in ("t1", "t2"):  # in the task's own backbone
-                config = BaselineConfig(**backbone_fields(config), mixer=attention)
+                config = in_backbone(config, attention, task.length // length)
             settings = {
                 "task": "lra",
                 "name": name,
@@ -314,7 +349,7 @@ def _arena_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
 
 
 def _speed_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
-    settings = {"task": "speed", "seed": seed, "lengths": [1024, 2048, 3072, 4096, 5120], "max_minutes": 9}
+    settings = {"task": "speed", "seed": seed, "lengths": [1024, 2048, 3072, 4096, 5120], "max_minutes": 45}
     return [Cell(table, "steps per second", "", None, settings)]
 
 

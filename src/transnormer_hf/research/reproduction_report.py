@@ -19,9 +19,10 @@ from .ablations import find_ablations
 from .reproduction import (
     ABLATION_TABLES,
     ARENA_MODELS,
+    CAUSAL_MODELS,
     CURVES,
+    GLUE_MODELS,
     GRADIENT_ROWS,
-    MODELS,
     TABLES,
     read_cells,
 )
@@ -85,6 +86,12 @@ CLAIMS = (
     Claim("Vanilla early is better than late", "3", "vanilla early, 1+elu late", "1+elu early, vanilla late"),
     Claim("T2 is better than 1+elu as a causal model", "4", "T2", "1+elu"),
     Claim("T2 is better than vanilla as a causal model", "4", "T2", "Vanilla"),
+    Claim("T2 is better than LS as a causal model", "4", "T2", "LS"),
+    Claim("T2 is better than FLASH-quad as a causal model", "4", "T2", "FLASH-quad"),
+    Claim("T2 is better than FLASH as a causal model", "4", "T2", "FLASH"),
+    Claim("T2 is better than Performer as a causal model", "4", "T2", "Performer"),
+    Claim("T2 is better than the Transformer on long texts", "6", "T2", "Transformer"),
+    Claim("T2 is better than Performer on long texts", "6", "T2", "Performer"),
     Claim("Half Diag is better than none", "8", "50 % Diag", "0 % Diag"),
     Claim("Half Diag is better than Diag alone", "8", "50 % Diag", "100 % Diag"),
     Claim("Diag to Norm beats Norm to Diag", "9", "Diag early, Norm late", "Norm early, Diag late"),
@@ -215,6 +222,18 @@ def describe_blocks(results: Sequence[Result]) -> str:
     return f"Tokens of a block here: {', '.join(f'{row}: {count}' for row, count in listed)}."
 
 
+def describe_skyformer(results: Sequence[Result]) -> list[str]:
+    """The figures of the rows that another paper has, by column."""
+    rows = dict.fromkeys(result["row"] for result in results)
+    lines = []
+    for column in dict.fromkeys(result["column"] for result in results):
+        known = paper.SKYFORMER_TABLE_1[column]
+        lines += [f"{column.upper()} {', '.join(f'{row} {known[row]:g}' for row in rows if row in known)}"]
+    if not set(rows) & set(known):
+        return []
+    return [f"In Table 1 of Skyformer's paper, with models of its own: {'; '.join(lines)}."]
+
+
 def describe_steps(results: Sequence[Result]) -> str | None:
     """How long each row of a table was trained; None if all were trained equally long."""
     steps: dict[str, set[int]] = {}
@@ -260,6 +279,7 @@ def markdown(results: Sequence[Result], images: Sequence[str] = ()) -> str:
             orders = [text for column in columns if (text := describe_order(table, column, mine)) is not None]
             parts += ["\n".join(f"- {text}" for text in orders)] if orders else []
             parts += [describe_blocks(mine)] if table == "11" else []
+            parts += describe_skyformer(mine) if table == "6" else []
         else:
             parts += OTHER_TABLES[table](mine)
         if (steps := describe_steps(mine)) is not None:
@@ -324,7 +344,7 @@ def row_order(table: str, results: Sequence[Result]) -> list[str]:
     present = dict.fromkeys(result["row"] for result in results)
     if table in ABLATION_TABLES:
         return [row.row for row in find_ablations(int(table)) if row.row in present]
-    known = {"2": GRADIENT_ROWS, "4": MODELS, "5": MODELS, "6": ARENA_MODELS, "fig2": CURVES}[table]
+    known = {"2": GRADIENT_ROWS, "4": CAUSAL_MODELS, "5": GLUE_MODELS, "6": ARENA_MODELS, "fig2": CURVES}[table]
     return [row for row in known if row in present]
 
 
@@ -361,16 +381,54 @@ def describe_cells(results: Sequence[Result]) -> str:
 
 
 def draw_speed(results: Sequence[Result]) -> list[str]:
-    """Training steps per second. The paper's are a GPU's: only ratios between rows can be compared."""
-    steps = {(row["model"], row["length"]): row["steps_per_second"] for row in results[0]["figures"]["training"]}
-    lengths = sorted({length for _, length in steps})
-    lines = []
-    for model in dict.fromkeys(model for model, _ in steps):
-        ours = [f"{steps[model, length]:.3g}" if (model, length) in steps else "–" for length in lengths]
-        lines.append([model, *ours])
-    for model, papers in paper.TABLE_7.items():
-        lines.append([f"{model}, paper (A6000)", *(f"{papers[n]:g}" if n in papers else "–" for n in lengths)])
-    return ["Training, steps per second.", markdown_table(["", *map(str, lengths)], lines)]
+    """Steps per second and peak memory by length, and how both grow.
+
+    The paper's figures are a GPU's: only ratios between rows can be compared.
+    """
+    parts = []
+    for task, rows in results[0]["figures"].items():
+        lengths = sorted({row["length"] for row in rows})
+        papers = paper.TABLE_7 if task == "training" else {}
+        lines = [
+            [model, *(f"{steps[n]:.3g}" if n in steps else "–" for n in lengths), exponent(steps, -1)]
+            for model, steps in by_length(rows, "steps_per_second").items()
+        ]
+        for model, steps in papers.items():
+            lines.append([f"{model}, paper (A6000)", *(f"{steps[n]:g}" if n in steps else "–" for n in lengths), "–"])
+        parts += [
+            f"{task.capitalize()}, steps per second, and the power of the length n by which a step's time grows.",
+            markdown_table(["", *map(str, lengths), "time"], lines),
+        ]
+        lines = [
+            [model, *(f"{peak[n] / 1e6:,.0f}" if n in peak else "–" for n in lengths), exponent(peak)]
+            for model, peak in by_length(rows, "peak_bytes").items()
+        ]
+        parts += [
+            f"{task.capitalize()}, peak memory in MB without the weights, and the power of n by which it grows.",
+            markdown_table(["", *map(str, lengths), "memory"], lines),
+        ]
+    return parts
+
+
+def by_length(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, dict[int, float]]:
+    """Model -> length -> figure."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        found.setdefault(row["model"], {})[row["length"]] = row[name]
+    return found
+
+
+def growth_exponent(values: Mapping[int, float]) -> float:
+    """The slope of log(figure) over log(length), by least squares; NaN with fewer than two lengths."""
+    if len(values) < 2:
+        return math.nan
+    logs = [[math.log(number) for number in numbers] for numbers in (values.keys(), values.values())]
+    return statistics.linear_regression(*logs).slope
+
+
+def exponent(values: Mapping[int, float], sign: int = 1) -> str:
+    slope = sign * growth_exponent(values)
+    return "–" if math.isnan(slope) else f"n^{slope:.2f}"
 
 
 def draw_curves(results: Sequence[Result]) -> list[str]:
@@ -445,6 +503,7 @@ OTHER_TABLES = {"7": draw_speed, "fig2": draw_curves, "lln": draw_log_normal}
 IMAGES = {
     "fig2": "accumulated_attention",
     "lln": "log_normal",
+    "7": "speed",
     **{table: f"table{table}." for table in ABLATION_TABLES},
 }
 
@@ -466,6 +525,8 @@ def draw_figures(results: Sequence[Result], folder: Path) -> list[str]:
             _plot_curves(canvas, mine)
         elif table == "lln":
             _plot_log_normal(canvas, mine[0]["figures"])
+        elif table == "7":
+            _plot_speed(canvas, mine[0]["figures"]["training"])
         else:
             _plot_rows(canvas, table, mine)
         name = f"{IMAGES[table].removesuffix('.')}.png"
@@ -505,6 +566,23 @@ def _plot_rows(canvas: Any, table: str, results: Sequence[Result]) -> None:
     axes.grid(alpha=0.3, axis="x", which="both")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
+
+
+def _plot_speed(canvas: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Time and memory of a training step by length, on logarithmic axes: a power of the length is a straight line."""
+    canvas.set_size_inches(9, 4.5)
+    time_axes, memory_axes = canvas.subplots(1, 2)
+    for number_of_model, (model, steps) in enumerate(by_length(rows, "steps_per_second").items()):
+        style = {"label": model, "linestyle": ("-", "--")[number_of_model // 10 % 2], "marker": "."}
+        time_axes.plot(list(steps), [1 / value for value in steps.values()], **style)
+        peak = by_length(rows, "peak_bytes")[model]
+        memory_axes.plot(list(peak), [value / 1e6 for value in peak.values()], **style)
+    time_axes.set(ylabel="seconds per training step")
+    memory_axes.set(ylabel="peak memory, MB")
+    for axes in (time_axes, memory_axes):
+        axes.set(xlabel="tokens", xscale="log", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    memory_axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _plot_log_normal(canvas: Any, figures: Mapping[str, Any]) -> None:

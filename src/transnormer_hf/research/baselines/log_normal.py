@@ -15,6 +15,7 @@ from ...model.configuration_transnormer import TransNormerConfig
 from ...model.ops_transnormer import diag_attention
 from ...model.reference_transnormer import AttentionMetadata, diag_attention_map
 from .mixer import ExponentialMixer, Mixer, register_mixer
+from .rows import real_tokens
 
 # a and b of the authors' code, for their head dim of 64.
 PUBLISHED_CONSTANTS = {64: (0.14855178144710912, -0.35487039130661086)}
@@ -22,6 +23,7 @@ PUBLISHED_CONSTANTS = {64: (0.14855178144710912, -0.35487039130661086)}
 FITTED_VARIANCES = (4.0, 6.0, 8.0, 10.0)
 FIT_SAMPLES = 50_000
 MODES = ("average", "learnable_scale", "learnable_ratio")
+MOMENTS = ("row", "batch")
 
 
 @functools.lru_cache
@@ -48,16 +50,24 @@ def fit_constants(head_dim: int) -> tuple[float, float]:
 
 @register_mixer("lln")
 class LogNormalMixer(ExponentialMixer):
-    """Moments are over real tokens only.
+    """moments: the numbers whose standard deviation is taken, of real tokens only.
 
-    Bidirectional: one standard deviation over the whole batch, heads and channels, as in the authors' code, so a text's
-    output depends on the rest of its batch. The causal form is ours; the original leaks future moments. Here each token
-    has the moments of its row up to itself, alpha_i for its query and beta_i for its key.
+    "row": bidirectional, all tokens, heads and channels of a row; causal, those up to the token, so alpha_i and beta_i
+    are each token's own. "batch" is the authors' code: the whole batch, so that a text's output depends on its
+    neighbours; bidirectional only, since in their causal form the moments are of future tokens too.
     """
+
+    def __init__(self, config: TransNormerConfig, moments: str = "row"):
+        super().__init__(config)
+        if moments not in MOMENTS:
+            raise ValueError(f"moments={moments!r} is not known; choose one of {', '.join(map(repr, MOMENTS))}.")
+        if moments == "batch" and config.is_causal:
+            raise ValueError("moments='batch' with is_causal=True would see future tokens; use 'row'.")
+        self.moments = moments
 
     def exponents(self, query, key, metadata, causal):
         with torch.no_grad():
-            spread = running_std if causal else batch_std
+            spread = running_std if causal else functools.partial(total_std, per_row=self.moments == "row")
             query_std, key_std = spread(query, metadata), spread(key, metadata)
             a, b = moment_matching_constants(query.shape[-1])
             # b is negative, so this is positive; at a head dim of 1 it is 0, but for an error of rounding
@@ -68,14 +78,14 @@ class LogNormalMixer(ExponentialMixer):
         return query * alpha, key * beta
 
 
-def batch_std(states: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-    """The standard deviation (unbiased) of all numbers of real tokens, a scalar."""
-    if metadata.is_real is None:
-        return states.std()
-    is_real = metadata.is_real[:, None, :, None].to(states.dtype)
-    count = is_real.sum() * states.shape[1] * states.shape[3]
-    mean = (states * is_real).sum() / count.clamp(min=1)
-    return (((states - mean) * is_real).square().sum() / (count - 1).clamp(min=1)).sqrt()
+def total_std(states: torch.Tensor, metadata: AttentionMetadata, per_row: bool) -> torch.Tensor:
+    """The standard deviation (unbiased) of all numbers of real tokens: (batch, 1, 1, 1), or (1, 1, 1, 1) of all."""
+    is_real = real_tokens(metadata, states.shape[2])[:, None, :, None].to(states.dtype).expand_as(states)
+    dims = (1, 2, 3) if per_row else (0, 1, 2, 3)
+    count = is_real.sum(dims, keepdim=True)
+    mean = (states * is_real).sum(dims, keepdim=True) / count.clamp(min=1)
+    squares = ((states - mean) * is_real).square().sum(dims, keepdim=True)
+    return (squares / (count - 1).clamp(min=1)).sqrt()
 
 
 def running_std(states: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
@@ -101,13 +111,15 @@ class LogNormalDiagMixer(Mixer):
 
     mode: "average" (their mean), "learnable_scale" (r·LLN + p·Diag) or "learnable_ratio" (r·LLN + (1 - r)·Diag), with
         r and p per head and channel, 1/2 at first. Blocks start at a row's first real token.
+    moments: as in "lln".
     """
 
-    def __init__(self, config: TransNormerConfig, mode: str = "average"):
+    def __init__(self, config: TransNormerConfig, mode: str = "average", moments: str = "row"):
         super().__init__(config)
         if mode not in MODES:
             raise ValueError(f"mode={mode!r} is not known; choose one of {', '.join(map(repr, MODES))}.")
-        self.mode, self.log_normal = mode, LogNormalMixer(config)
+        self.has_map = mode == "average"  # otherwise each channel has one of its own
+        self.mode, self.log_normal = mode, LogNormalMixer(config, moments)
         shape = (1, config.num_attention_heads, 1, config.head_dim)
         self.ratio = nn.Parameter(torch.full(shape, 0.5)) if mode != "average" else None
         self.scale = nn.Parameter(torch.full(shape, 0.5)) if mode == "learnable_scale" else None
@@ -121,7 +133,7 @@ class LogNormalDiagMixer(Mixer):
         return self.ratio * linear + other * diag
 
     def attention_map(self, query, key, metadata, causal):
-        if self.ratio is not None:  # each channel has a map of its own
+        if not self.has_map:
             return None
         diag = diag_attention_map(
             query,

@@ -1,7 +1,7 @@
-"""Token mixers: their base classes, their registry, the attention around one, linear attention with a denominator.
+"""Token mixers: their registry, their base classes, the attention around one, linear attention with a denominator.
 
 Shapes are (batch, heads, seq, head_dim) throughout. A mixer computes in float32 at least; `metadata` says which tokens
-are real. Outputs at padding are finite and otherwise undefined.
+are real. Outputs at padding are finite and otherwise undefined. Only softmax has `attention_probs_dropout_prob`.
 """
 
 from abc import ABC, abstractmethod
@@ -16,28 +16,50 @@ from torch import nn
 from ...model.configuration_transnormer import TransNormerConfig
 from ...model.modeling_transnormer import ATTENTION_CLASSES, TransNormerAttention
 from ...model.ops_transnormer import norm_attention
-from ...model.reference_transnormer import AttentionMetadata, attention_metadata, compute_dtype, zero_padding
+from ...model.reference_transnormer import AttentionMetadata, compute_dtype, zero_padding
+from .rows import Rows
 
-MIXERS: dict[str, type["Mixer"]] = {}
-MixerClass = TypeVar("MixerClass", bound="type[Mixer]")
+MIXERS: dict[str, "type[Mixer] | type[BaselineAttention]"] = {}
+MixerClass = TypeVar("MixerClass", bound="type[Mixer] | type[BaselineAttention]")
 CHUNK_SIZE = 64
 
 
 def register_mixer(name: str) -> Callable[[MixerClass], MixerClass]:
-    """Makes a `Mixer` available as `mixer=name`, and as a layer type of the backbone."""
+    """Makes a `Mixer` or a `BaselineAttention` available as `mixer=name`, and as a layer type of the backbone."""
 
     def register(mixer_class: MixerClass) -> MixerClass:
         MIXERS[name] = mixer_class
-        ATTENTION_CLASSES.setdefault(name, partial(MixerAttention, name=name))
+        ATTENTION_CLASSES.setdefault(name, partial(make_attention, name=name))
         return mixer_class
 
     return register
 
 
-class Mixer(nn.Module, ABC):
-    """What an attention computes between its projections. A subclass's keyword arguments are its `mixer_options`."""
+def make_attention(config: Any, name: str) -> "BaselineAttention":
+    """The attention of that name. Raises ValueError for one without a causal form in a causal model."""
+    mixer_class: Any = MIXERS[name]
+    if config.is_causal and not mixer_class.has_causal_form:
+        causal = ", ".join(repr(other) for other in sorted(MIXERS) if MIXERS[other].has_causal_form)
+        raise ValueError(
+            f"mixer={name!r} is defined for bidirectional models only, and is_causal=True; use it in an encoder, or "
+            f"choose one of {causal}."
+        )
+    mixer = mixer_class(config, **(config.mixer_options or {}).get(name, {}))
+    attention = mixer if isinstance(mixer, BaselineAttention) else MixerAttention(config, mixer)
+    attention.name = name
+    return attention
 
+
+class Mixer(nn.Module, ABC):
+    """What an attention computes between its projections. A subclass's keyword arguments are its `mixer_options`.
+
+    Rows begin with their first real token (`Rows`), so that columns are positions.
+    """
+
+    has_causal_form = True
+    has_map = True
     takes_half_precision = False  # otherwise inputs are float32 at least
+    shares_query_and_key = False  # there is no projection of keys then, they are the queries
 
     def __init__(self, config: TransNormerConfig):
         super().__init__()
@@ -52,63 +74,72 @@ class Mixer(nn.Module, ABC):
     def attention_map(
         self, query: torch.Tensor, key: torch.Tensor, metadata: AttentionMetadata, causal: bool
     ) -> torch.Tensor | None:
-        """The definition as a map (batch, heads, seq, seq) to multiply the values with; None where there is none."""
+        """The definition as a map (batch, heads, seq, seq) to multiply values with; None where `has_map` is False."""
         return None
 
 
-class MixerAttention(TransNormerAttention):
-    """Projections around a mixer. `backend="eager"` multiplies by the mixer's map, its definition."""
+class BaselineAttention(TransNormerAttention):
+    """What stands where TransNormer has its attention. A subclass says in `mix` what happens to rows of hidden states.
 
-    def __init__(self, config: Any, name: str):
+    If it replaces the feed-forward as well, `mix` gives all that the layer adds to its input, norms included.
+    """
+
+    has_causal_form = True
+    has_map = True
+    replaces_feed_forward = False
+    name: str
+
+    def __init__(self, config: TransNormerConfig):
         super().__init__(config, has_norm=False)
         self.lrpe = None
-        self.name = name
-        self.mixer = MIXERS[name](config, **(config.mixer_options or {}).get(name, {}))
 
-    def attend(self, query, key, value, metadata, lrpe, state):
-        weights = self.attention_map(query, key, metadata, lrpe) if self.config.backend == "eager" else None
-        if weights is not None:
-            return (weights @ zero_padding(value.to(weights.dtype), metadata)).to(value.dtype)
-        wide = value.dtype if self.mixer.takes_half_precision else compute_dtype(value.dtype)
-        rows = _one_sequence_per_row(metadata)
-        query, key, value_states = (_unpack(states.to(wide), metadata, rows) for states in (query, key, value))
-        with torch.autocast(query.device.type, enabled=False):  # sums stay in float32
-            output = self.mixer(query, key, value_states, rows, self.config.is_causal)
-        if rows is not metadata:  # (sequences, heads, longest, head_dim) to (1, heads, seq, head_dim)
-            output = output[metadata.sequence_ids, :, metadata.positions].transpose(0, 1)[None]
-        return output.to(value.dtype)
+    def forward(self, hidden_states, metadata, state=None, output_attentions=False, query_input=None, **kwargs):
+        rows = Rows(metadata, *hidden_states.shape[:2])
+        wants_map = output_attentions or self.config.backend == "eager"
+        output, weights = self.mix(rows.split(hidden_states), rows.metadata, wants_map)
+        return rows.join(output), rows.join_map(weights) if weights is not None and output_attentions else None
 
-    def attention_map(self, query, key, metadata, lrpe):
-        wide = compute_dtype(query.dtype)
-        rows = _one_sequence_per_row(metadata)
-        query, key = (_unpack(states.to(wide), metadata, rows) for states in (query, key))
-        with torch.autocast(query.device.type, enabled=False):  # sums stay in float32
-            weights = self.mixer.attention_map(query, key, rows, self.config.is_causal)
-        if weights is None or rows is metadata:
-            return weights
-        sequence, position = metadata.sequence_ids, metadata.positions  # (seq,)
-        weights = weights[sequence[:, None], :, position[:, None], position]  # (seq, seq, heads)
-        is_other = sequence[:, None] != sequence
-        return weights.masked_fill(is_other[..., None], 0).permute(2, 0, 1)[None]
+    @abstractmethod
+    def mix(
+        self, hidden_states: torch.Tensor, metadata: AttentionMetadata, wants_map: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states (rows, seq, hidden_size) to the same, and the map if it is wanted and there is one.
+
+        With a map, (rows, heads, seq, seq), the output goes by way of it: that is the definition.
+        """
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(rows, seq, hidden_size) to (rows, heads, seq, head_dim)."""
+        return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def merge_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(rows, heads, seq, head_dim) to (rows, seq, hidden_size)."""
+        return states.transpose(1, 2).flatten(2)
 
 
-def _one_sequence_per_row(metadata: AttentionMetadata) -> AttentionMetadata:
-    """Packed sequences as a padded batch, (sequences, longest): mixers do not know packing."""
-    if metadata.cu_seqlens is None:
-        return metadata
-    sequences, longest = len(metadata.cu_seqlens), int(metadata.positions.max()) + 1
-    is_real = metadata.positions.new_zeros(sequences, longest)
-    is_real[metadata.sequence_ids, metadata.positions] = 1
-    return attention_metadata(sequences, longest, is_real.device, is_real)
+class MixerAttention(BaselineAttention):
+    """Projections around a mixer. `backend="eager"` multiplies by the mixer's map, its definition."""
 
+    def __init__(self, config: Any, mixer: Mixer):
+        super().__init__(config)
+        self.mixer = mixer
+        if mixer.shares_query_and_key:
+            self.k_proj = None
 
-def _unpack(states: torch.Tensor, metadata: AttentionMetadata, rows: AttentionMetadata) -> torch.Tensor:
-    """(1, heads, seq, head_dim) to (sequences, heads, longest, head_dim), zeros where a sequence is shorter."""
-    if rows is metadata:
-        return states
-    unpacked = states.new_zeros(rows.is_real.shape[0], states.shape[1], rows.is_real.shape[1], states.shape[3])
-    unpacked[metadata.sequence_ids, :, metadata.positions] = states[0].transpose(0, 1)
-    return unpacked
+    def mix(self, hidden_states, metadata, wants_map):
+        query, value = (self.split_heads(project(hidden_states)) for project in (self.q_proj, self.v_proj))
+        key = query if self.k_proj is None else self.split_heads(self.k_proj(hidden_states))
+        wide = value.dtype if self.mixer.takes_half_precision and not wants_map else compute_dtype(value.dtype)
+        query, key, value_states = (states.to(wide) for states in (query, key, value))
+        weights = None
+        with torch.autocast(value.device.type, enabled=False):  # sums stay in float32
+            if wants_map:
+                weights = self.mixer.attention_map(query, key, metadata, self.config.is_causal)
+            if weights is not None:
+                output = weights @ zero_padding(value_states, metadata)
+            else:
+                output = self.mixer(query, key, value_states, metadata, self.config.is_causal)
+        return self.out_proj(self.merge_heads(output.to(value.dtype))), weights
 
 
 class FeatureMixer(Mixer):
@@ -252,6 +283,14 @@ def visible_keys(metadata: AttentionMetadata, seq_len: int, causal: bool, device
         real_keys = metadata.is_real[:, None, None, :]  # (batch, 1, 1, seq)
         visible = real_keys.expand(-1, -1, seq_len, -1) if visible is None else visible & real_keys
     return visible
+
+
+def masked_softmax(scores: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the keys that are visible, zero elsewhere and for queries that see none."""
+    if visible is None:
+        return scores.softmax(-1)
+    # the lowest finite number and not -inf, whose softmax is not a number where nothing is visible
+    return scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~visible, 0)
 
 
 def _divide(summed: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ These are research models: a checkpoint of one loads only where this package is 
 import inspect
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import (
@@ -29,6 +30,7 @@ from ...model.modeling_transnormer import (
     TransNormerForQuestionAnswering,
     TransNormerForSequenceClassification,
     TransNormerForTokenClassification,
+    TransNormerLayer,
     TransNormerModel,
 )
 from .mixer import MIXERS
@@ -36,11 +38,12 @@ from .mixer import MIXERS
 
 @strict
 class BaselineConfig(TransNormerConfig):
-    """Configuration of a baseline in TransNormer's backbone: all fields of `TransNormerConfig`, and two more.
+    """Configuration of a baseline in TransNormer's backbone: all fields of `TransNormerConfig`, and three more.
 
     Args:
         mixer: Name of the mixer in every layer (`MIXERS`).
         mixer_options: Keyword arguments of mixers, by name: `{"lln_diag": {"mode": "learnable_ratio"}}`.
+        lm_head_bias: Whether the output of a causal language model has a bias per token (Transformer-LS).
         layer_types: A mixer or one of TransNormer's own attentions per layer (Table 3 mixes them). `None` means `mixer`
             in every layer. A mixer has neither LRPE nor a norm after it, whatever the other fields say.
     """
@@ -50,6 +53,7 @@ class BaselineConfig(TransNormerConfig):
 
     mixer: str = "softmax"
     mixer_options: dict[str, Any] | None = None
+    lm_head_bias: bool = False
     use_cache: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -114,7 +118,24 @@ class Baseline:
 
     def __init__(self, config: BaselineConfig):
         super().__init__(config)  # type: ignore[call-arg]
+        for layer in self.modules():  # type: ignore[attr-defined]
+            if isinstance(layer, TransNormerLayer) and getattr(layer.self_attn, "replaces_feed_forward", False):
+                _leave_attention_alone(layer)
         self.register_forward_pre_hook(_refuse_cache, with_kwargs=True)  # type: ignore[attr-defined]
+
+
+def _leave_attention_alone(layer: TransNormerLayer) -> None:
+    """Makes the layer x + attention(x): no norm of its own, no dropout, no feed-forward."""
+    layer.feed_forward = NoFeedForward()  # type: ignore[assignment]
+    for name in ("attention_norm", "feed_forward_norm", "dropout"):
+        setattr(layer, name, nn.Identity())
+
+
+class NoFeedForward(nn.Module):
+    """Adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
 
 
 def _refuse_cache(model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -128,6 +149,11 @@ class BaselineModel(Baseline, TransNormerModel):
 
 
 class BaselineForCausalLM(Baseline, TransNormerForCausalLM):
+    def __init__(self, config: BaselineConfig):
+        super().__init__(config)
+        if config.lm_head_bias:
+            self.lm_head.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:

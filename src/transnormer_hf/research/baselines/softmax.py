@@ -1,9 +1,8 @@
 """Softmax attention: softmax(Q K^T / sqrt(head_dim)) V, the "vanilla" rows of the paper."""
 
-import torch
 import torch.nn.functional as F
 
-from .mixer import Mixer, register_mixer, visible_keys
+from .mixer import Mixer, masked_softmax, register_mixer, visible_keys
 
 
 @register_mixer("softmax")
@@ -22,9 +21,6 @@ class SoftmaxMixer(Mixer):
         )
 
     def attention_map(self, query, key, metadata, causal):
-        scores = query @ key.mT * query.shape[-1] ** -0.5
         visible = visible_keys(metadata, query.shape[2], causal, query.device)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1)
+        weights = masked_softmax(query @ key.mT * query.shape[-1] ** -0.5, visible)
         return F.dropout(weights, self.config.attention_probs_dropout_prob, self.training)
