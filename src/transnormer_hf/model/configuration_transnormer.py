@@ -50,6 +50,7 @@ SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "block_size",
     "max_position_embeddings",
 )  # fmt: skip
+ANY_LENGTH = 2**20  # what tools that ask for a maximum are told where positions are not learned; nothing ends there
 LAYER_TYPES = ("chunked_attention", "linear_attention", "hybrid", "full_attention")
 
 # Fields that follow from others where they are not given.
@@ -59,6 +60,7 @@ DERIVED_FIELDS = (
     "attention_norm_type",
     "layer_types",
     "intermediate_size",
+    "max_position_embeddings",
     "pooling",
 )
 
@@ -103,8 +105,9 @@ class TransNormerConfig(PreTrainedConfig):
         final_norm: A norm type, or "none", after the last layer.
         layer_norm_eps: Epsilon of "layer" and "batch".
         rms_norm_eps: Epsilon of "simple_rms" and "rms".
-        position_embedding: "learned" (up to `max_position_embeddings`), "sinusoidal" (any length) or "none".
-        max_position_embeddings: Number of learned positions.
+        position_embedding: "learned" (up to `max_position_embeddings`), "sinusoidal" or "none" (any length).
+        max_position_embeddings: Number of learned positions; elsewhere the length that lm-eval, sentence-transformers
+            and others cut texts to, which the model itself ignores. `None` is 512 for "learned", otherwise `ANY_LENGTH`.
         type_vocab_size: Number of token types, as BERT has them for pairs of texts; 0: none.
         scale_embedding: Multiply token embeddings by sqrt(hidden_size).
         lrpe: Learned relative position encoding (a reflection and a rotation) on queries and keys.
@@ -153,7 +156,7 @@ class TransNormerConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     rms_norm_eps: float = 1e-8
     position_embedding: str = "learned"
-    max_position_embeddings: int = 512
+    max_position_embeddings: int | None = None
     type_vocab_size: int = 0
     scale_embedding: bool = False
     lrpe: bool = True
@@ -185,6 +188,8 @@ class TransNormerConfig(PreTrainedConfig):
             self.attention_norm_type = self.norm_type
         if self.pooling is None:
             self.pooling = "last" if self.is_causal else "first"
+        if self.max_position_embeddings is None:
+            self.max_position_embeddings = 512 if self.position_embedding == "learned" else ANY_LENGTH
         if self.layer_types is None:
             early = self.num_hidden_layers // 2
             self.layer_types = ["chunked_attention"] * early + ["linear_attention"] * (self.num_hidden_layers - early)
@@ -301,10 +306,16 @@ class TransNormerConfig(PreTrainedConfig):
 
 def without_former_defaults(config_dict: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration as this version reads it: fields that an earlier one filled in by itself are left out."""
+    former: list[tuple[str, Any]] = []
     if "transnormer_version" not in config_dict and config_dict.get("is_causal"):
-        # Earlier versions wrote their default, "first", also for causal models.
-        return {name: value for name, value in config_dict.items() if (name, value) != ("pooling", "first")}
-    return config_dict
+        former.append(("pooling", "first"))
+    # Until 0.3.0 also without learned positions. The baselines' cosFormer computes with it.
+    if _release(config_dict.get("transnormer_version") or "") <= (0, 3, 0) and (
+        config_dict.get("model_type") == TransNormerConfig.model_type
+        and config_dict.get("position_embedding", "learned") != "learned"
+    ):
+        former.append(("max_position_embeddings", 512))
+    return {name: value for name, value in config_dict.items() if (name, value) not in former}
 
 
 def warn_of_older_code(config_dict: dict[str, Any], name: str) -> None:
