@@ -106,8 +106,8 @@ class TransNormerConfig(PreTrainedConfig):
         layer_norm_eps: Epsilon of "layer" and "batch".
         rms_norm_eps: Epsilon of "simple_rms" and "rms".
         position_embedding: "learned" (up to `max_position_embeddings`), "sinusoidal" or "none" (any length).
-        max_position_embeddings: Number of learned positions; elsewhere the length that lm-eval, sentence-transformers
-            and others cut texts to, which the model itself ignores. `None` is 512 for "learned", otherwise `ANY_LENGTH`.
+        max_position_embeddings: Number of learned positions; else the length that lm-eval, sentence-transformers and
+            others cut texts to, which the model itself ignores. `None` is 512 for "learned", otherwise `ANY_LENGTH`.
         type_vocab_size: Number of token types, as BERT has them for pairs of texts; 0: none.
         scale_embedding: Multiply token embeddings by sqrt(hidden_size).
         lrpe: Learned relative position encoding (a reflection and a rotation) on queries and keys.
@@ -291,15 +291,20 @@ class TransNormerConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers, with the `auto_map` of every head and the release of the code that is saved with it.
+        """As in transformers, with the `auto_map` of every head, the code that it names and the release of that code.
 
         So one folder serves all Auto classes, and says whether its code is older than the installed package.
         """
         if self._auto_class is not None:
-            self.auto_map = dict(AUTO_MAP)
-            os.makedirs(save_directory, exist_ok=True)
-            for file in Path(__file__).parent.glob("*_transnormer.py"):  # else the map names code that is not there
-                shutil.copy(file, save_directory)
+            folder = Path(__file__).parent
+            if not (folder / "modeling_transnormer.py").exists():  # in the cache of remote code, without a model
+                folder = Path(self.name_or_path)
+            if (folder / "modeling_transnormer.py").exists():  # else `auto_map` names a repository on the Hub
+                self.auto_map = dict(AUTO_MAP)
+                os.makedirs(save_directory, exist_ok=True)
+                for file in folder.glob("*_transnormer.py"):
+                    if folder.resolve() != Path(save_directory).resolve():
+                        shutil.copy(file, save_directory)
         self.transnormer_version = CODE_VERSION
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
