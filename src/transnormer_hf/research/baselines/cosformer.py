@@ -12,14 +12,14 @@ from .mixer import FeatureMixer, register_mixer
 
 @register_mixer("cosformer")
 class CosformerMixer(FeatureMixer):
-    """M is the length of the sequence. A causal token cannot know it: there M is `max_position_embeddings`. Longer inputs
-    raise ValueError, and so does a configuration that says any length."""
+    """M is the length of the sequence. A causal token cannot know it: there M is `max_position_embeddings`, and longer
+    inputs raise ValueError, as does a configuration that says any length."""
 
     def features(self, query, key, metadata, causal):
         seq_len = query.shape[2]
         positions = metadata.positions  # (seq,) or (batch, seq)
         if causal:
-            length = self.config.max_position_embeddings
+            length = self.config.max_position_embeddings or ANY_LENGTH
             if seq_len > length or length == ANY_LENGTH:
                 raise ValueError(
                     f"the input has {seq_len} tokens and max_position_embeddings={length}, within which causal "
