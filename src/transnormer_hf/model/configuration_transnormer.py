@@ -69,6 +69,7 @@ HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification"
 AUTO_MAP = {
     "AutoConfig": "configuration_transnormer.TransNormerConfig",
     "AutoModel": "modeling_transnormer.TransNormerModel",
+    "AutoModelForTextEncoding": "modeling_transnormer.TransNormerModel",
     **{f"AutoModelFor{head}": f"modeling_transnormer.TransNormerFor{head}" for head in HEADS},
 }
 
