@@ -3,8 +3,8 @@
     make test-ecosystem
     .venv/bin/python .ci/ecosystem_report.py --use /opt/tools/bin/python   # a Python that has the tools
 
-The environment is .venvs/ecosystem, with the packages of ecosystem.txt over those of the running Python; it stays, and is
-made anew when that list changes.
+The environment is .venvs/ecosystem, with the packages of ecosystem.txt over those of the running Python. It stays, and
+is made anew when that list changes.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def ask(name):
 print(json.dumps({name: ask(name) for name in sys.argv[1:]}))
 """
 EXPLANATION = """
-Written by `make test-ecosystem`: each line is a test, most of them beside a stock model of the same size, with the figure
-that it measured. The releases are pinned in `.ci/ecosystem.txt`.
+Written by `make test-ecosystem`: each line is a test, most of them beside a stock model of the same size, with what it
+measured. The releases are pinned in `.ci/ecosystem.txt`.
 """
 
 

@@ -5,8 +5,8 @@ pip install 'transformers[serving]'
 python scripts/serve.py outputs/clm --port 8000
 transformers chat outputs/clm http://localhost:8000/v1
 
-`transformers serve` looks the class of a model up among its own. Here it finds TransNormer's as well; everything else is
-that command, with its options (`--help`), and it serves any other model too. Chatting needs a tokenizer with a chat
+`transformers serve` looks the class of a model up among its own. Here it finds TransNormer's as well; everything else
+is that command, with its options (`--help`), and it serves any other model too. Chatting needs a tokenizer with a chat
 template, plain completions do not.
 """
 

@@ -122,7 +122,10 @@ def test_transformers_chat_talks_to_it(served, tmp_path):
     command = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(folder), address]
     command += ["max_new_tokens=12", "do_sample=False"]
     options = {"input": f"{PROMPT}\nn\n!exit\n", "capture_output": True, "text": True, "timeout": 120, "cwd": tmp_path}
-    online = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}  # it asks this machine through the Hub's client
+    online = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    }  # it asks this machine through the Hub's client
     result = subprocess.run(command, env=ENVIRONMENT | online | {"COLUMNS": "400"}, **options)
     assert result.returncode == 0, result.stderr
     assert generated(folder, f"user: {PROMPT}\nassistant:") in " ".join(result.stdout.split())

@@ -714,7 +714,7 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     if any(_has_tokens(layer) for layer in layers):
         raise ValueError(
             f"the cache is a {type(cache).__name__} that holds keys and values of another kind; begin with an empty "
-            "TransNormerCache(model.config)."
+            "TransNormerCache(model.config). In place of prefix tuning: transnormer_hf.training.state_tuning."
         )
     new_layers = make_layers(config, is_compileable=isinstance(cache, StaticCache))
     for old, new in zip(layers, new_layers, strict=True):

@@ -568,7 +568,10 @@ class TransNormerModel(TransNormerPreTrainedModel):
 
         if cache is not None:
             if not self.is_causal:
-                raise ValueError(f"{CACHE_NAME} was given to a bidirectional model (is_causal=False), which has none.")
+                raise ValueError(
+                    f"{CACHE_NAME} was given to a bidirectional model (is_causal=False), which has none. In place of "
+                    "prefix tuning: transnormer_hf.training.state_tuning."
+                )
             adopt_cache(cache, self.config)
         metadata = self._metadata(inputs_embeds, attention_mask, position_ids, cache, kwargs.get("cu_seq_lens_q"))
         metadata = with_segments(metadata)
