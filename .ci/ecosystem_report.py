@@ -102,18 +102,16 @@ def section(lines: Mapping[tuple[str, str], Line], versions: Mapping[str, str], 
     for tool, sentence in sorted(lines, key=lambda key: key[0].lower()):
         line = lines[tool, sentence]
         skipped = line.outcomes.count("skipped")
-        passed = f"{line.outcomes.count('passed')} / {len(line.outcomes) - skipped}" + f", {skipped} skipped" * bool(
-            skipped
-        )
-        name = f"{tool} {versions.get(tool, '')}".strip()
-        rows.append(f"| {name} | {sentence} | {passed} | {'; '.join(line.measured)} |")
+        passed = f"{line.outcomes.count('passed')} / {len(line.outcomes) - skipped}"
+        passed += f", {skipped} skipped" * bool(skipped)
+        rows.append(f"| {tool} | {sentence} | {passed} | {'; '.join(line.measured)} |")
     failures = [f"- {failure}" for line in lines.values() for failure in line.failures]
     parts = [
         TOOLS_HEADING,
         EXPLANATION,
         "| tool | what holds | passed | measured |\n|---|---|---|---|",
         *rows,
-        f"\nOn {date.today().isoformat()}, in {seconds:.0f} seconds.",
+        f"\nOn {date.today().isoformat()}, in {seconds:.0f} seconds. Tools: {', '.join(map(' '.join, versions.items()))}.",
         *(["\nWhat failed:\n", *failures] if failures else []),
     ]
     return "\n".join(parts) + "\n"
@@ -136,7 +134,7 @@ def main() -> None:
     if not report.exists():
         sys.exit(f"pytest ended with status {status} and wrote no report.")
     lines = read_results(report)
-    tools = sorted({tool for tool, _ in lines if re.fullmatch(r"[\w.-]+", tool)})
+    tools = re.findall(r"^([\w.-]+)==", REQUIREMENTS.read_text(encoding="utf-8").partition("\n\n")[0], re.MULTILINE)
     versions = json.loads(subprocess.check_output([python, "-c", ASK_VERSIONS, *tools], text=True))
     text = section(lines, versions, time.monotonic() - start)
     if options.tests:

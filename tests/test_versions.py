@@ -84,7 +84,8 @@ def test_the_tools_have_a_part_of_the_report_that_the_releases_leave_alone(tool,
     lines = script.read_results(tmp_path / "report.xml")
     script.write_section(script.section(lines, {"trl": "1.2"}, 60))
     text = tool.REPORT.read_text()
-    assert "| trl 1.2 | a b | 1 / 2 | 3e-7 |" in text
+    assert "| trl | a b | 1 / 2 | 3e-7 |" in text
+    assert "in 60 seconds, with trl 1.2." in text
     assert "| export | c | 0 / 0, 1 skipped |  |" in text
     assert "- `test_a_b[y]`: KeyError: 3\n" in text
     tool.write_report(tool.read_report() | {"5.4.0": row})

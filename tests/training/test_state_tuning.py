@@ -1,4 +1,4 @@
-"""State tuning: O = Norm(phi(Q) (S + phi(K)^T V)) in every form of a forward, trained, generated from, saved and loaded."""
+"""State tuning: O = Norm(phi(Q) (S + phi(K)^T V)) in every form of a forward, in training, generation and on disk."""
 
 import pytest
 import torch

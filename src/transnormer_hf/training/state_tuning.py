@@ -1,8 +1,8 @@
 """State tuning: the model stays as it is, and each NormAttention learns the state that it begins with.
 
-It is to linear attention what prefix tuning is to softmax attention. There, learned keys and values stand in front of every
-sequence; here all that a prefix could leave behind is one matrix per head, S, which is learned itself:
-O = Norm(phi(Q) (S + phi(K)^T V)). It makes no step slower with its length, for it has none.
+It is to linear attention what prefix tuning is to softmax attention. There, learned keys and values stand in front of
+every sequence; here all that a prefix could leave behind is one matrix per head, S, which is learned itself:
+O = Norm(phi(Q) (S + phi(K)^T V)).
 
     add_states(model)              # then train: with the Trainer, as any model
     save_states(model, folder)     # the states alone
@@ -42,7 +42,7 @@ class StateTunedNormAttention(TransNormerNormAttention):
 
     def from_initial_state(self, query, metadata, lrpe):
         """phi(Q) S of queries (batch, heads, seq, head_dim); the same shape."""
-        query = apply_feature_map(query.to(compute_dtype(query.dtype)), self.config.feature_map)
+        query = apply_feature_map(query.to(compute_dtype(query.dtype)), self.options["feature_map"])
         if lrpe is not None:
             query = apply_lrpe(query, metadata.positions, lrpe)
         return query @ self.initial_state.to(query.dtype)
@@ -64,9 +64,7 @@ def add_states(model: nn.Module) -> list[nn.Parameter]:
     """
     layers = [module for module in model.modules() if isinstance(module, TransNormerNormAttention)]
     if not layers:
-        raise ValueError(
-            "the model has no NormAttention (layer_types: 'linear_attention' or 'hybrid') to begin a state."
-        )
+        raise ValueError("the model has no NormAttention; layer_types needs a 'linear_attention' or 'hybrid' layer.")
     if any(isinstance(layer, StateTunedNormAttention) for layer in layers):
         raise ValueError("the model has initial states already; train these, or load others by load_states.")
     model.requires_grad_(False)
