@@ -105,13 +105,14 @@ def section(lines: Mapping[tuple[str, str], Line], versions: Mapping[str, str], 
         passed = f"{line.outcomes.count('passed')} / {len(line.outcomes) - skipped}"
         passed += f", {skipped} skipped" * bool(skipped)
         rows.append(f"| {tool} | {sentence} | {passed} | {'; '.join(line.measured)} |")
+    releases = ", ".join(f"{name} {version}" for name, version in versions.items())
     failures = [f"- {failure}" for line in lines.values() for failure in line.failures]
     parts = [
         TOOLS_HEADING,
         EXPLANATION,
         "| tool | what holds | passed | measured |\n|---|---|---|---|",
         *rows,
-        f"\nOn {date.today().isoformat()}, in {seconds:.0f} seconds. Tools: {', '.join(map(' '.join, versions.items()))}.",
+        f"\nOn {date.today().isoformat()}, in {seconds:.0f} seconds, with {releases}.",
         *(["\nWhat failed:\n", *failures] if failures else []),
     ]
     return "\n".join(parts) + "\n"

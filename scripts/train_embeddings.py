@@ -50,13 +50,13 @@ def read_pairs(file: str, text_columns: list[str], score_column: str | None) -> 
 
 
 def make_evaluator(file: str, args: EmbeddingArguments) -> SequentialEvaluator:
-    """Spearman correlation of cosine similarity and score, at the full width and at each of `matryoshka_dims`."""
+    """Spearman correlation of cosine similarity and score, at each of `matryoshka_dims` or the full width."""
     rows = read_pairs(file, args.text_columns, args.score_column or "score")
     first, second, scores = (list(rows[name]) for name in rows.column_names)
     return SequentialEvaluator(
         [
             EmbeddingSimilarityEvaluator(first, second, scores, name=f"{width or 'full'}", truncate_dim=width)
-            for width in (None, *args.matryoshka_dims)
+            for width in args.matryoshka_dims or [None]
         ],
         main_score_function=lambda scores: scores[0],
     )

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,8 @@ CHOICES = {
     "position_embedding": ("learned", "sinusoidal", "none"),
     "feed_forward": ("glu", "ffn"),
     "hybrid_combination": ("parallel", "diag_then_norm", "norm_then_diag"),
+    "hidden_act": tuple(sorted(ACT2CLS)),
+    "classifier_activation": tuple(sorted(ACT2CLS)),
     "pooling": ("first", "mean", "last"),
     "initializer": ("normal", "xavier"),
     "backend": ("auto", "eager", "torch", "triton"),
@@ -55,14 +56,9 @@ LAYER_TYPES = ("chunked_attention", "linear_attention", "hybrid", "full_attentio
 
 # Fields that follow from others where they are not given.
 DERIVED_FIELDS = (
-    "feature_map",
-    "diag_activation",
-    "attention_norm_type",
-    "layer_types",
-    "intermediate_size",
-    "max_position_embeddings",
-    "pooling",
-)
+    "feature_map", "diag_activation", "attention_norm_type", "layer_types", "intermediate_size",
+    "max_position_embeddings", "pooling",
+)  # fmt: skip
 
 # One repository serves every head, whichever was saved last.
 HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
@@ -195,9 +191,8 @@ class TransNormerConfig(PreTrainedConfig):
             early = self.num_hidden_layers // 2
             self.layer_types = ["chunked_attention"] * early + ["linear_attention"] * (self.num_hidden_layers - early)
         if self.intermediate_size is None:
-            self.intermediate_size = (
-                int(8 / 3 * self.hidden_size) if self.feed_forward == "glu" else 4 * self.hidden_size
-            )
+            factor = 8 / 3 if self.feed_forward == "glu" else 4
+            self.intermediate_size = int(factor * self.hidden_size)
         super().__post_init__(**kwargs)
 
     @property
@@ -213,9 +208,10 @@ class TransNormerConfig(PreTrainedConfig):
             if (value := getattr(self, field)) < 1:
                 raise ValueError(f"{field}={value} must be at least 1.")
         if self.hidden_size % self.num_attention_heads:
+            divisors = [str(number) for number in range(1, self.hidden_size + 1) if self.hidden_size % number == 0]
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}; "
-                f"choose one of {_divisors(self.hidden_size)}."
+                f"choose one of {', '.join(divisors)}."
             )
         if self.lrpe and self.head_dim % 2:
             raise ValueError(
@@ -240,10 +236,6 @@ class TransNormerConfig(PreTrainedConfig):
                 raise ValueError(f"{field}={value} must be greater than 0.")
         if self.type_vocab_size < 0:
             raise ValueError(f"type_vocab_size={self.type_vocab_size} must be 0 (no token types) or more.")
-        for field in ("hidden_act", "classifier_activation"):
-            if (value := getattr(self, field)) not in ACT2CLS:
-                known = ", ".join(map(repr, sorted(ACT2CLS)))
-                raise ValueError(f"{field}={value!r} is not known; choose one of {known}.")
 
     def validate_layer_type(self) -> None:
         """Raises ValueError unless `layer_types` names one known attention per layer."""
@@ -283,11 +275,8 @@ class TransNormerConfig(PreTrainedConfig):
         if overrides:
             given = {name: value for name, value in config_dict.items() if name not in DERIVED_FIELDS}
             derived = cls(**given).to_dict()
-            chosen = {
-                name: config_dict[name]
-                for name in DERIVED_FIELDS
-                if config_dict.get(name, derived[name]) != derived[name]
-            }
+            stored = {name: config_dict.get(name) for name in DERIVED_FIELDS}
+            chosen = {name: value for name, value in stored.items() if value not in (None, derived[name])}
             config_dict = given | chosen | overrides
         return super().from_dict(config_dict, **kwargs)
 
@@ -303,23 +292,18 @@ class TransNormerConfig(PreTrainedConfig):
             if (folder / "modeling_transnormer.py").exists():  # else `auto_map` names a repository on the Hub
                 self.auto_map = dict(AUTO_MAP)
                 os.makedirs(save_directory, exist_ok=True)
-                for file in folder.glob("*_transnormer.py"):
-                    if folder.resolve() != Path(save_directory).resolve():
-                        shutil.copy(file, save_directory)
+                for file in folder.glob("*_transnormer.py"):  # perhaps of that very folder
+                    Path(save_directory, file.name).write_bytes(file.read_bytes())
         self.transnormer_version = CODE_VERSION
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 def without_former_defaults(config_dict: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration as this version reads it: fields that an earlier one filled in by itself are left out."""
-    former: list[tuple[str, Any]] = []
-    if "transnormer_version" not in config_dict and config_dict.get("is_causal"):
-        former.append(("pooling", "first"))
-    # Until 0.3.0 also without learned positions. The baselines' cosFormer computes with it.
-    if _release(config_dict.get("transnormer_version") or "") <= (0, 3, 0) and (
-        config_dict.get("model_type") == TransNormerConfig.model_type
-        and config_dict.get("position_embedding", "learned") != "learned"
-    ):
+    release = _release(config_dict.get("transnormer_version") or "")
+    former: list[tuple[str, Any]] = [("pooling", "first")] if not release and config_dict.get("is_causal") else []
+    is_baseline = config_dict.get("model_type") != TransNormerConfig.model_type  # cosFormer computes with the length
+    if release <= (0, 3, 0) and config_dict.get("position_embedding", "learned") != "learned" and not is_baseline:
         former.append(("max_position_embeddings", 512))
     return {name: value for name, value in config_dict.items() if (name, value) not in former}
 
@@ -346,7 +330,3 @@ def warn_of_older_code(config_dict: dict[str, Any], name: str) -> None:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

@@ -800,6 +800,9 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             if length is not None and cache.get_seq_length() >= length:
                 cache.crop(length - 1 - cache.get_seq_length())
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("Continuous batching pages keys and values; a TransNormer has none: use generate.")
+
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads its signature
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
