@@ -8,7 +8,10 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from transnormer_hf import TransNormerForCausalLM, TransNormerForSequenceClassification
 
-pytestmark = pytest.mark.ecosystem
+pytestmark = [
+    pytest.mark.ecosystem,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # TRL's
+]
 SIZES = {"vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 32, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 TRAINING = {"learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
@@ -106,6 +109,7 @@ def test_integrated_gradients_add_up_to_the_difference_of_the_logits(kind, recor
 def test_setfit_learns_from_eight_texts_and_its_folder_is_not_pushed_without_its_head(tmp_path, record_property):
     setfit = pytest.importorskip("setfit")
     from sentence_transformers import SentenceTransformer
+    from sklearn.linear_model import LogisticRegression
 
     from transnormer_hf import TransNormerModel
     from transnormer_hf.hub import push_to_hub
@@ -123,7 +127,8 @@ def test_setfit_learns_from_eight_texts_and_its_folder_is_not_pushed_without_its
         "what bad",
     ]
     labels = [1, 1, 1, 1, 0, 0, 0, 0]
-    model = setfit.SetFitModel(model_body=SentenceTransformer(str(tmp_path / "model")))
+    body = SentenceTransformer(str(tmp_path / "model"))
+    model = setfit.SetFitModel(model_body=body, model_head=LogisticRegression(C=1e4))
     model.fit(texts, labels, num_epochs=1)
     right = sum(int(found) == wanted for found, wanted in zip(model.predict(texts), labels, strict=True))
     assert right == len(texts)
