@@ -53,10 +53,11 @@ def make_evaluator(file: str, args: EmbeddingArguments) -> SequentialEvaluator:
     """Spearman correlation of cosine similarity and score, at each of `matryoshka_dims` or the full width."""
     rows = read_pairs(file, args.text_columns, args.score_column or "score")
     first, second, scores = (list(rows[name]) for name in rows.column_names)
+    widths: list[int | None] = [*args.matryoshka_dims] or [None]
     return SequentialEvaluator(
         [
             EmbeddingSimilarityEvaluator(first, second, scores, name=f"{width or 'full'}", truncate_dim=width)
-            for width in args.matryoshka_dims or [None]
+            for width in widths
         ],
         main_score_function=lambda scores: scores[0],
     )
