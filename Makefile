@@ -12,6 +12,8 @@
 #   make test-latest    the contract tests on the newest of everything
 #   make test-versions  the contract tests on every supported release; writes docs/compatibility.md (about an hour)
 #                       make test-versions ONLY="5.8.1 'torch 2.11'"
+#   make test-ecosystem the tests beside lm-eval, sentence-transformers, TRL and others, in an environment of its own;
+#                       writes the second part of docs/compatibility.md (about 15 minutes)
 #   make constraints    write .ci/constraints.txt, the tested versions, anew
 
 PYTHON ?= python3
@@ -38,7 +40,7 @@ endif
 
 READY := .venv/ready
 
-.PHONY: demo demo-pretrained test test-all test-latest test-versions constraints quality style bench check-gpu clean
+.PHONY: demo demo-pretrained test test-all test-latest test-versions test-ecosystem constraints quality style bench check-gpu clean
 .DELETE_ON_ERROR:
 
 # Threads that wait for each other spin for some 50 µs and then sleep. Spinning longer makes each step 10 times slower on
@@ -66,6 +68,9 @@ test-latest:
 
 test-versions: $(READY)
 	.venv/bin/python .ci/versions_report.py $(if $(ONLY),--only $(ONLY))
+
+test-ecosystem: $(READY)
+	.venv/bin/python .ci/ecosystem_report.py
 
 constraints: $(READY)
 	.venv/bin/python .ci/constraints.py '$(TORCH)'

@@ -67,6 +67,8 @@ def ask(name):
 print(json.dumps([platform.python_version(), *map(ask, {PACKAGES})]))
 """
 
+# What follows it is that of ecosystem_report.py.
+TOOLS_HEADING = "## Tools around transformers"
 HEAD = """# Compatibility
 
 Written by `make test-versions`: the contract tests (`pytest -m contract`) in one environment per row, tests passed of
@@ -243,7 +245,7 @@ def read_report() -> dict[str, Row]:
     rows: dict[str, Row] = {}
     if not REPORT.exists():
         return rows
-    for line in REPORT.read_text(encoding="utf-8").splitlines():
+    for line in REPORT.read_text(encoding="utf-8").partition(TOOLS_HEADING)[0].splitlines():
         if line.startswith("| ") and not line.startswith("| environment"):
             name, *cells = cells_of(line)
             if name in rows:
@@ -276,6 +278,8 @@ def write_report(rows: Mapping[str, Row]) -> None:
     if notes:
         lines += ["", "What failed, and why a row was skipped:", "", *notes]
     REPORT.parent.mkdir(exist_ok=True)
+    _, heading, tools = (REPORT.read_text(encoding="utf-8") if REPORT.exists() else "").partition(TOOLS_HEADING)
+    lines += ["", heading + tools.rstrip("\n")] if heading else []
     REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -69,28 +69,31 @@ def test_a_partial_run_keeps_the_other_rows(tool, tmp_path):
     assert tool.read_report()["5.8.1"] == row
 
 
-def test_the_cells_count_what_a_run_reports(tool, tmp_path):
-    cases = "".join(
-        f'<testcase name="t{number}" classname="c"><properties><property name="cell" value="{cell}"/></properties>{end}'
-        "</testcase>"
-        for number, (cell, end) in enumerate(
-            [
-                ("import", ""),
-                ("peft", '<skipped message="no peft"/>'),
-                ("static", '<failure message="AssertionError: Traceback&#10;  File&#10;KeyError: 3&#10;assert 1"/>'),
-                ("static", ""),
-                ("Trainer", '<error message="ValueError: bad&#10;more"/>'),
-            ]
-        )
-    )
+def test_the_tools_have_a_part_of_the_report_that_the_releases_leave_alone(tool, tmp_path, monkeypatch):
+    script = importlib.import_module("ecosystem_report")
+    monkeypatch.setattr(script, "REPORT", tool.REPORT)
+    row = tool.Row(["1 / 1"] * len(tool.CELLS) + ["9", "2026-01-02"], ["3.11.7"] * (len(tool.PACKAGES) + 1))
+    tool.write_report({"5.8.1": row})
+    cases = """
+        <testcase classname="tests.ecosystem.test_a" name="test_a_b[x]"><properties><property name="cell" value="trl"/>
+            <property name="measured" value="3e-7"/></properties></testcase>
+        <testcase classname="tests.ecosystem.test_a" name="test_a_b[y]"><properties><property name="cell" value="trl"/>
+            </properties><failure message="KeyError: 3&#10;more"/></testcase>
+        <testcase classname="tests.ecosystem.test_export" name="test_c"><skipped/></testcase>"""
     (tmp_path / "report.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    cells, notes = tool.read_results(tmp_path / "report.xml")
-    results = dict(zip(tool.CELLS, cells, strict=True))
-    assert results["import"] == "1 / 1"
-    assert results["peft"] == "0 / 0, 1 skipped"
-    assert results["static"] == "1 / 2"
-    assert results["Trainer"] == "0 / 1"
-    assert notes == ["static: `t2`: KeyError: 3", "Trainer: `t4`: ValueError: bad"]
+    lines = script.read_results(tmp_path / "report.xml")
+    script.write_section(script.section(lines, {"trl": "1.2"}, 60))
+    text = tool.REPORT.read_text()
+    assert "| trl | a b | 1 / 2 | 3e-7 |" in text
+    assert "in 60 seconds, with trl 1.2." in text
+    assert "| export | c | 0 / 0, 1 skipped |  |" in text
+    assert "- `test_a_b[y]`: KeyError: 3\n" in text
+    tool.write_report(tool.read_report() | {"5.4.0": row})
+    assert set(tool.read_report()) == {"5.4.0", "5.8.1"}
+    assert tool.REPORT.read_text().partition(tool.TOOLS_HEADING)[2] == text.partition(tool.TOOLS_HEADING)[2]
+    script.write_section(script.section({}, {}, 1))
+    assert tool.REPORT.read_text().count(tool.TOOLS_HEADING) == 1
+    assert set(tool.read_report()) == {"5.4.0", "5.8.1"}
 
 
 # ---- Tested versions ----

@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     AutoModelForTokenClassification,
 )
 
@@ -27,7 +28,9 @@ from .model.ops_transnormer import diag_attention, norm_attention, simple_rms_no
 
 __version__ = CODE_VERSION
 
+# Not AutoModelForPreTraining: it knows a model by its configuration, which is one for encoders and decoders.
 AUTO_CLASSES = {
+    AutoModelForTextEncoding: TransNormerModel,
     AutoModel: TransNormerModel,
     AutoModelForCausalLM: TransNormerForCausalLM,
     AutoModelForMaskedLM: TransNormerForMaskedLM,

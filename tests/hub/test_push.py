@@ -14,6 +14,7 @@ import pytest
 import torch
 from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard, constants
+from safetensors.torch import save_file
 from test_remote_code import SHIPPED, tiny_config, word_tokenizer
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -336,6 +337,64 @@ def test_the_trainer_pushes_a_complete_repository(server, tmp_path):
     trainer.push_to_hub()
     assert_complete(server.files(REPO))
     assert "tokenizer.json" in server.files(REPO)
+
+
+# ---- Folders of sentence-transformers ----
+
+
+@pytest.fixture
+def sentence_dir(model_dir) -> Path:
+    """The folder as sentence-transformers 6 writes it, with a projection after the pooling."""
+    paths = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
+    listed = [{"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+              for index, (path, kind) in enumerate(paths.items())]  # fmt: skip
+    (model_dir / "modules.json").write_text(json.dumps(listed))
+    for name in ("config_sentence_transformers.json", "sentence_bert_config.json"):
+        (model_dir / name).write_text("{}")
+    for path in list(paths)[1:]:
+        (model_dir / path).mkdir()
+        (model_dir / path / "config.json").write_text(json.dumps({"of": path}))
+    save_file({"linear.weight": torch.eye(2)}, model_dir / "2_Dense" / "model.safetensors", {"format": "pt"})
+    text = (model_dir / "README.md").read_text()
+    (model_dir / "README.md").write_text(f'{text}\nSentenceTransformer("sentence_transformers_model_id")\n')
+    return model_dir
+
+
+def test_a_sentence_transformer_is_pushed_with_its_modules(server, sentence_dir, unchecked):
+    push_to_hub(sentence_dir, REPO)
+    files = server.files(REPO)
+    modules = {"1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "3_Normalize/config.json"}
+    assert modules | {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"} <= set(files)
+    for name in modules:
+        assert files[name] == (sentence_dir / name).read_bytes()
+    assert f'SentenceTransformer("{REPO}", trust_remote_code=True)' in files["README.md"].decode()
+    assert "checkpoint-4/model.safetensors" not in files
+    plan = plan_upload(sentence_dir, REPO)
+    assert modules <= set(plan.files)
+    assert not {"1_Pooling/", "2_Dense/"} & set(plan.left_out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "2_Dense" / "pytorch_model.bin").touch(), "2_Dense/pytorch_model.bin belongs to"),
+        (lambda folder: (folder / "1_Pooling").rename(folder / "pooling"), "modules.json names '1_Pooling'"),
+        (lambda folder: edit("modules.json", '"1_Pooling"', '"/1_Pooling"')(folder), "names '/1_Pooling'"),
+        (lambda folder: (folder / "model_head.pkl").touch(), "SetFit's own push_to_hub"),
+    ],
+)
+def test_a_module_that_cannot_be_published_is_refused_by_name(server, sentence_dir, change, message):
+    change(sentence_dir)
+    with pytest.raises(ValueError, match=message):
+        push_to_hub(sentence_dir, REPO)
+    assert server.requests == []
+
+
+def test_a_secret_in_a_module_is_refused(server, sentence_dir):
+    (sentence_dir / "1_Pooling" / "config.json").write_text(json.dumps({"token": "hf_" + "a1" * 17}))
+    with pytest.raises(ValueError, match=r"1_Pooling/config.json, line 1, contains .* a Hugging Face token"):
+        push_to_hub(sentence_dir, REPO)
+    assert server.requests == []
 
 
 # ---- What is refused, before anything is sent ----

@@ -12,10 +12,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.pipelines import SUPPORTED_TASKS
 
-from transnormer_hf import AUTO_CLASSES, TransNormerConfig
+from transnormer_hf import AUTO_CLASSES, TransNormerConfig, TransNormerForCausalLM
+from transnormer_hf.hub.remote_code import check_remote_code
 from transnormer_hf.model.configuration_transnormer import AUTO_MAP
 
 SOURCE = Path(importlib.import_module("transnormer_hf").__file__).parent / "model"
@@ -126,19 +127,36 @@ def test_with_the_package_the_same_folder_loads_without_a_question(saved_heads):
         assert type(getattr(transformers, auto_class.__name__).from_pretrained(folder)) is model_class
 
 
-def test_a_configuration_saved_alone_brings_the_code_that_it_names(tmp_path):
-    TransNormerConfig(vocab_size=50, hidden_size=16, num_attention_heads=2, num_hidden_layers=2).save_pretrained(
-        tmp_path
-    )
-    assert sorted(file.name for file in tmp_path.glob("*.py")) == SHIPPED
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_folder_of_a_saved_configuration_and_weights_loads(is_installed, tmp_path):
+    """As mergekit writes them: it reads configuration and tensors, and never makes a model."""
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(TransNormerForCausalLM(tiny_config(is_causal=True)).eval())
+        models[-1].save_pretrained(tmp_path / str(seed))
     code = f"""
-from remote_code_probe import Refuse  # the package and triton cannot be imported
-from transformers import AutoConfig, AutoModelForCausalLM
-config = AutoConfig.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
-print(type(AutoModelForCausalLM.from_config(config, trust_remote_code=True)).__module__)
+import {"transnormer_hf" if is_installed else "remote_code_probe"}  # with the latter, the package cannot be imported
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+root = Path({str(tmp_path)!r})
+AutoConfig.from_pretrained(root / "0", trust_remote_code=True).save_pretrained(root / "merged")
+weights = [load_file(root / name / "model.safetensors") for name in "01"]
+merged = {{name: (weights[0][name] + weights[1][name]) / 2 for name in weights[0]}}
+save_file(merged, root / "merged" / "model.safetensors", {{"format": "pt"}})
 """
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(SOURCE.parents[1])])
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.startswith("transformers_modules.")
+    assert sorted(file.name for file in (tmp_path / "merged").glob("*.py")) == SHIPPED
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert check_remote_code(tmp_path / "merged")["class"] == "TransNormerForCausalLM"
+    averaged, other = ([*model.parameters(), *model.buffers()] for model in models)
+    for tensor, of_other in zip(averaged, other, strict=True):
+        tensor.data.add_(of_other.data).div_(2)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    input_ids = torch.randint(5, len(WORDS), (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids).logits, models[0](input_ids).logits)

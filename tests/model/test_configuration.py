@@ -8,7 +8,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from transnormer_hf import TransNormerConfig, TransNormerForMaskedLM, TransNormerModel
+from transnormer_hf import TransNormerConfig, TransNormerForCausalLM, TransNormerForMaskedLM, TransNormerModel
+from transnormer_hf.model.configuration_transnormer import ANY_LENGTH
 
 PRESETS = Path(__file__).parents[2] / "model_cards"
 TINY = {
@@ -168,10 +169,48 @@ def test_saving_and_loading_keeps_every_field(fields, tmp_path):
         assert {name: getattr(loaded, name) for name in fields} == fields
 
 
+@pytest.mark.parametrize(
+    ("fields", "length"),
+    [
+        ({}, 512),
+        ({"max_position_embeddings": 40}, 40),
+        ({"position_embedding": "sinusoidal"}, ANY_LENGTH),
+        ({"position_embedding": "none"}, ANY_LENGTH),
+        ({"position_embedding": "none", "max_position_embeddings": 40}, 40),
+    ],
+)
+def test_a_model_without_a_table_of_positions_says_that_it_takes_any_length(fields, length, tmp_path):
+    config = TransNormerConfig(**fields)
+    assert config.max_position_embeddings == length
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).max_position_embeddings == length
+    is_chosen = "max_position_embeddings" in fields
+    other = AutoConfig.from_pretrained(tmp_path, position_embedding="learned")
+    assert other.max_position_embeddings == (40 if is_chosen else 512)
+
+
+@pytest.mark.parametrize("release", [None, "0.2.0", "0.3.0"])
+def test_the_length_that_earlier_releases_wrote_is_not_taken_for_a_choice(release, tmp_path):
+    torch.manual_seed(0)
+    fields = {**TINY, "position_embedding": "sinusoidal", "is_causal": True}
+    model = TransNormerForCausalLM(TransNormerConfig(**fields)).eval()
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written |= {"max_position_embeddings": 512, "transnormer_version": release}
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in written.items() if value}))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.max_position_embeddings == ANY_LENGTH
+    input_ids = torch.randint(TINY["vocab_size"], (1, 600))
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+    written["max_position_embeddings"] = 600  # somebody's choice
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert AutoConfig.from_pretrained(tmp_path).max_position_embeddings == 600
+
+
 def test_auto_map_serves_every_head(tmp_path):
     TransNormerConfig(**TINY).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert len(auto_map) == 8
+    assert len(auto_map) == 9
     assert auto_map["AutoModelForMaskedLM"] == "modeling_transnormer.TransNormerForMaskedLM"
 
 

@@ -53,6 +53,11 @@ def test_every_cache_implementation(options, mix):
         assert output[CACHE_NAME].is_compileable == is_compileable
 
 
+def test_continuous_batching_is_refused():
+    with pytest.raises(NotImplementedError, match="Continuous batching pages keys and values"):
+        make().generate_batch([[3, 4, 5]])
+
+
 def test_a_quantized_cache_is_refused():
     with pytest.raises(ValueError, match="quantized"):
         make().generate(torch.randint(3, 50, (1, 5)), cache_implementation="quantized")

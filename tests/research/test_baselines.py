@@ -458,7 +458,9 @@ def test_layers_may_mix_baselines_and_our_own_attentions():
 def test_mixer_is_chosen_by_name_and_changed_on_loading(tmp_path):
     BaselineConfig(**FIELDS, mixer="performer").save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).layer_types == ["performer"] * 2
+    BaselineConfig(**FIELDS | {"max_position_embeddings": 512, "position_embedding": "none"}).save_pretrained(tmp_path)
     changed = AutoConfig.from_pretrained(tmp_path, mixer="cosformer")
+    assert changed.max_position_embeddings == 512  # the M of cosFormer, which the logits depend on
     assert (changed.mixer, changed.layer_types) == ("cosformer", ["cosformer"] * 2)
 
 
@@ -517,3 +519,7 @@ def test_bad_input_is_named():
         model(ids, use_cache=True)
     with pytest.raises(ValueError, match=f"max_position_embeddings={MAX_LENGTH}"):
         run(make_mixer("cosformer"), *random_states(seq=MAX_LENGTH + 1), True)
+    without_length = {"max_position_embeddings": None, "position_embedding": "none"}
+    model = BaselineForCausalLM(make_config("cosformer", **without_length))
+    with pytest.raises(ValueError, match=r"max_position_embeddings=1048576.*to the longest input"):
+        model(ids)

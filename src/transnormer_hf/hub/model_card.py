@@ -470,7 +470,8 @@ def build_preset_card(folder: Path, requirements: Sequence[str]) -> ModelCard:
     config, head, auto_class, parameters = _read_config(folder)
     is_decoder = head == "TransNormerForCausalLM"
     architecture = describe_architecture(config)
-    other_heads = (reference.rpartition(".")[2] for name, reference in AUTO_MAP.items() if name != "AutoConfig")
+    classes = dict.fromkeys(reference.rpartition(".")[2] for reference in AUTO_MAP.values())
+    other_heads = (name for name in classes if name != "TransNormerConfig")
     positions = "any length, trained at 512" if is_decoder else f"at most {config.max_position_embeddings}"
     words = "words of WikiText-103" if is_decoder else "byte-level BPE"
     return _card_of_config(

@@ -41,7 +41,7 @@ from transformers.utils import logging
 
 from .model_card import build_architecture_card
 from .remote_code import check_remote_code
-from .staging import CODE, WEIGHTS, config_of, stage
+from .staging import CODE, WEIGHTS, config_of, stage, staged_files
 
 logger = logging.get_logger(__name__)
 
@@ -99,7 +99,8 @@ def push_to_hub(
     commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> Publication:
-    """Publish a saved model: weights, configuration, code, tokenizer, card, results, training arguments.
+    """Publish a saved model: weights, configuration, code, tokenizer, card, results, training arguments; of a
+    `SentenceTransformer` also its modules.
 
     Everything goes up in one commit: a push that dies leaves the repository as it was, and the same call resumes it.
     The commit gets the first free tag of v0.1.0, v0.1.0-1, ... (the version of the code in it).
@@ -156,7 +157,7 @@ def plan_upload(
         staging = Path(folder)
         left_out = stage(Path(model_dir), staging, repo_id, get_token())
         check_remote_code(staging)
-        files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
+        files = {name: path.stat().st_size for name, path in staged_files(staging).items()}
         return UploadPlan(files, left_out, ModelCard.load(staging / "README.md").data.to_dict())
 
 
@@ -272,7 +273,7 @@ def send(
     A lost answer does no harm: the next attempt finds its files in place and nothing left to commit. (A pull request is
     sent only once, or it would be opened twice.)
     """
-    names = {path.name for path in staging.iterdir()}
+    files = staged_files(staging)
 
     def commit() -> CommitInfo:
         head = api.model_info(repo_id, revision=revision)
@@ -280,12 +281,12 @@ def send(
         stale = [
             name
             for name in present
-            if name not in names and any(fnmatch.fnmatch(name, pattern) for pattern in (*WEIGHTS, *CODE))
+            if name not in files and any(fnmatch.fnmatch(name, pattern) for pattern in (*WEIGHTS, *CODE))
         ]
         return api.create_commit(
             repo_id,
             [
-                *(CommitOperationAdd(name, str((staging / name).resolve())) for name in sorted(names)),
+                *(CommitOperationAdd(name, str(path.resolve())) for name, path in files.items()),
                 *(CommitOperationDelete(name) for name in stale),
             ],
             commit_message=message,

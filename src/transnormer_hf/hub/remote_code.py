@@ -90,7 +90,7 @@ def main(folder: str) -> None:
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     (architecture,) = config.architectures
-    (auto_class,) = (name for name, reference in config.auto_map.items() if reference.endswith(f".{architecture}"))
+    auto_class = next(name for name, reference in config.auto_map.items() if reference.endswith(f".{architecture}"))
     model, loading = getattr(transformers, auto_class).from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True
     )

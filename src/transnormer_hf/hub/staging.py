@@ -31,7 +31,10 @@ TOKENIZER = (
 )
 RESULTS = ("*_results.json", "training_args.json")
 PAGES = ("README.md", "LICENSE*", "*.png", "*.svg")
-PUBLISHED = ("config.json", "generation_config.json", *WEIGHTS, *CODE, *TOKENIZER, *RESULTS, *PAGES)
+SENTENCES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+PUBLISHED = ("config.json", "generation_config.json", *WEIGHTS, *CODE, *TOKENIZER, *RESULTS, *PAGES, *SENTENCES)
+# Of the modules that sentence-transformers runs after the model, each in a folder of its own.
+MODULE_FILES = ("*.json", "*.safetensors")
 
 # What a training run leaves beside its model, and why it stays where it is.
 LEFT_OUT = {
@@ -85,12 +88,13 @@ def stage(model_dir: Path, staging: Path, repo_id: str, token: str | bool | None
     if not model_dir.is_dir():
         raise ValueError(f"model_dir={str(model_dir)!r} is not a folder.")
     refuse_secret_files(model_dir)
+    modules = stage_modules(model_dir, staging)
     left_out = {}
     for path in sorted(model_dir.iterdir()):
         reason = next((why for pattern, why in LEFT_OUT.items() if fnmatch.fnmatch(path.name, pattern)), None)
         if reason is None and path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in PUBLISHED):
             (staging / path.name).symlink_to(path.resolve())
-        else:
+        elif path.name not in modules:
             left_out[path.name + "/" * path.is_dir()] = reason or "not a file of a model"
     check_model(model_dir, staging)
 
@@ -109,6 +113,44 @@ def stage(model_dir: Path, staging: Path, repo_id: str, token: str | bool | None
     card.save(given)
     refuse_secrets(staging, token)
     return left_out
+
+
+def stage_modules(model_dir: Path, staging: Path) -> list[str]:
+    """Link the modules that sentence-transformers runs after the model; return the names of their folders.
+
+    Raises:
+        ValueError: a module is not there, or holds a file that is not published: without it the embeddings would be
+            others.
+    """
+    if (model_dir / "model_head.pkl").exists():
+        raise ValueError(
+            f"model_dir={str(model_dir)!r} holds a classifier of SetFit, model_head.pkl, and pickles are not published:"
+            " use SetFit's own push_to_hub."
+        )
+    if not (model_dir / "modules.json").is_file():
+        return []
+    listed = json.loads((model_dir / "modules.json").read_text(encoding="utf-8"))
+    folders = [module["path"] for module in listed if module["path"]]
+    for folder in folders:
+        if Path(folder).name != folder or not (model_dir / folder).is_dir():
+            raise ValueError(f"modules.json names {folder!r}, which is no folder of {model_dir}: save the model again.")
+        for path in sorted((model_dir / folder).rglob("*")):
+            if path.is_dir():
+                continue
+            name = path.relative_to(model_dir)
+            if not any(fnmatch.fnmatch(path.name, pattern) for pattern in MODULE_FILES):
+                raise ValueError(
+                    f"{name} belongs to a module of sentence-transformers, and only {' and '.join(MODULE_FILES)} are"
+                    " published: save the model again, or use its own push_to_hub."
+                )
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).symlink_to(path.resolve())
+    return folders
+
+
+def staged_files(staging: Path) -> dict[str, Path]:
+    """Name in the repository -> file, in order."""
+    return {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if not path.is_dir()}
 
 
 def shipped_code() -> list[Path]:
@@ -166,7 +208,8 @@ def check_model(model_dir: Path, staging: Path) -> None:
     else:
         needed.add("model.safetensors")
     missing = sorted(needed - names)
-    if config.get("auto_map") != AUTO_MAP:
+    auto_map = config.get("auto_map") or {}  # earlier releases name fewer classes
+    if not auto_map or not auto_map.items() <= AUTO_MAP.items():
         missing.append("auto_map in config.json")
     if len(config.get("architectures") or []) != 1:
         missing.append("architectures in config.json")
@@ -189,7 +232,7 @@ def refuse_secret_files(model_dir: Path) -> None:
 
 def refuse_secrets(staging: Path, token: str | bool | None) -> None:
     """Raise ValueError if a text to publish contains a key; the message says where, never what."""
-    for path in sorted(staging.iterdir()):
+    for name, path in staged_files(staging).items():
         if path.suffix == ".safetensors":
             continue
         text = path.read_bytes().decode("utf-8", errors="replace")
@@ -200,7 +243,7 @@ def refuse_secrets(staging: Path, token: str | bool | None) -> None:
             if match is not None:
                 number = text.count("\n", 0, match.start()) + 1
                 raise ValueError(
-                    f"{path.name}, line {number}, contains what looks like {kind}: take it out (and revoke it, if it"
+                    f"{name}, line {number}, contains what looks like {kind}: take it out (and revoke it, if it"
                     " was ever shared); nothing was sent."
                 )
 
@@ -270,6 +313,8 @@ def complete_card(card: ModelCard, config: Mapping[str, Any], repo_id: str) -> M
     data.pipeline_tag = data.pipeline_tag or PIPELINES.get(config["architectures"][0])
     tags = data.tags or []
     data.tags = [*tags, *(tag for tag in (TransNormerConfig.model_type, "custom_code") if tag not in tags)]
+    named = 'SentenceTransformer("sentence_transformers_model_id"'  # in the card that sentence-transformers writes
+    card.text = card.text.replace(f"{named})", f'SentenceTransformer("{repo_id}", trust_remote_code=True)')
     if data.model_name:  # the scripts write their folder's name where the repository was not known yet
         blocks = re.split(r"(```python\n.*?```)", card.text, flags=re.DOTALL)
         card.text = "".join(

@@ -89,7 +89,7 @@ class Recorded:
         self.base: dict[str, torch.Tensor] = {}
 
     def begin_history(self, is_recording: bool) -> None:
-        self.history, self.base = [], _clone(self.tensors) if is_recording else {}
+        self.history, self.base = [], _map(torch.clone, self.tensors) if is_recording else {}
 
     def restore_base(self) -> None:
         """Back to the tensors before the recorded tokens: in place, apart from what has grown; zeros if none came."""
@@ -260,7 +260,7 @@ class Progress(Recorded):
                 continue
             is_recorded = part.stop == kept
             if is_recorded:
-                self.base = _clone(self.tensors)
+                self.base = _map(torch.clone, self.tensors)
             replays.append((part, self.advance(metadata, is_recorded, of_text[:, part])))
         self.rollback = num_columns, replays
 
@@ -307,7 +307,7 @@ class AttentionState(Recorded):
     def _detach_from_autograd(self, is_saved: bool = False) -> None:
         """Makes the tensors safe to overwrite. is_saved: True if autograd may save the result."""
         if is_saved or self.is_saved:
-            self.tensors = _clone(self.tensors)
+            self.tensors = _map(torch.clone, self.tensors)
         self.is_saved = is_saved
 
     def roll_back(self, num_columns: int, replays: list[tuple[slice, NewTokens]]) -> None:
@@ -316,7 +316,7 @@ class AttentionState(Recorded):
         self.restore_base()
         for columns, tokens in replays:
             if tokens.is_recorded:
-                self.base = _clone(self.tensors)
+                self.base = _map(torch.clone, self.tensors)
             self.append(key[:, :, columns], value[:, :, columns], tokens)
 
     def reset(self) -> None:
@@ -714,7 +714,7 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> None:
     if any(_has_tokens(layer) for layer in layers):
         raise ValueError(
             f"the cache is a {type(cache).__name__} that holds keys and values of another kind; begin with an empty "
-            "TransNormerCache(model.config)."
+            "TransNormerCache(model.config). In place of prefix tuning: transnormer_hf.training.state_tuning."
         )
     new_layers = make_layers(config, is_compileable=isinstance(cache, StaticCache))
     for old, new in zip(layers, new_layers, strict=True):
@@ -738,10 +738,6 @@ def _real_columns(metadata: AttentionMetadata) -> torch.Tensor:
 
 def _map(change: Callable[[torch.Tensor], torch.Tensor], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: change(tensor) for name, tensor in tensors.items()}
-
-
-def _clone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return _map(torch.clone, tensors)
 
 
 def _state_file(path: str | os.PathLike) -> Path:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,8 @@ CHOICES = {
     "position_embedding": ("learned", "sinusoidal", "none"),
     "feed_forward": ("glu", "ffn"),
     "hybrid_combination": ("parallel", "diag_then_norm", "norm_then_diag"),
+    "hidden_act": tuple(sorted(ACT2CLS)),
+    "classifier_activation": tuple(sorted(ACT2CLS)),
     "pooling": ("first", "mean", "last"),
     "initializer": ("normal", "xavier"),
     "backend": ("auto", "eager", "torch", "triton"),
@@ -50,23 +51,21 @@ SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "block_size",
     "max_position_embeddings",
 )  # fmt: skip
+ANY_LENGTH = 2**20  # what tools that ask for a maximum are told where positions are not learned; nothing ends there
 LAYER_TYPES = ("chunked_attention", "linear_attention", "hybrid", "full_attention")
 
 # Fields that follow from others where they are not given.
 DERIVED_FIELDS = (
-    "feature_map",
-    "diag_activation",
-    "attention_norm_type",
-    "layer_types",
-    "intermediate_size",
-    "pooling",
-)
+    "feature_map", "diag_activation", "attention_norm_type", "layer_types", "intermediate_size",
+    "max_position_embeddings", "pooling",
+)  # fmt: skip
 
 # One repository serves every head, whichever was saved last.
 HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 AUTO_MAP = {
     "AutoConfig": "configuration_transnormer.TransNormerConfig",
     "AutoModel": "modeling_transnormer.TransNormerModel",
+    "AutoModelForTextEncoding": "modeling_transnormer.TransNormerModel",
     **{f"AutoModelFor{head}": f"modeling_transnormer.TransNormerFor{head}" for head in HEADS},
 }
 
@@ -103,8 +102,9 @@ class TransNormerConfig(PreTrainedConfig):
         final_norm: A norm type, or "none", after the last layer.
         layer_norm_eps: Epsilon of "layer" and "batch".
         rms_norm_eps: Epsilon of "simple_rms" and "rms".
-        position_embedding: "learned" (up to `max_position_embeddings`), "sinusoidal" (any length) or "none".
-        max_position_embeddings: Number of learned positions.
+        position_embedding: "learned" (up to `max_position_embeddings`), "sinusoidal" or "none" (any length).
+        max_position_embeddings: Number of learned positions; else the length that lm-eval, sentence-transformers and
+            others cut texts to, which the model itself ignores. `None` is 512 for "learned", otherwise `ANY_LENGTH`.
         type_vocab_size: Number of token types, as BERT has them for pairs of texts; 0: none.
         scale_embedding: Multiply token embeddings by sqrt(hidden_size).
         lrpe: Learned relative position encoding (a reflection and a rotation) on queries and keys.
@@ -153,7 +153,7 @@ class TransNormerConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     rms_norm_eps: float = 1e-8
     position_embedding: str = "learned"
-    max_position_embeddings: int = 512
+    max_position_embeddings: int | None = None
     type_vocab_size: int = 0
     scale_embedding: bool = False
     lrpe: bool = True
@@ -185,13 +185,14 @@ class TransNormerConfig(PreTrainedConfig):
             self.attention_norm_type = self.norm_type
         if self.pooling is None:
             self.pooling = "last" if self.is_causal else "first"
+        if self.max_position_embeddings is None:
+            self.max_position_embeddings = 512 if self.position_embedding == "learned" else ANY_LENGTH
         if self.layer_types is None:
             early = self.num_hidden_layers // 2
             self.layer_types = ["chunked_attention"] * early + ["linear_attention"] * (self.num_hidden_layers - early)
         if self.intermediate_size is None:
-            self.intermediate_size = (
-                int(8 / 3 * self.hidden_size) if self.feed_forward == "glu" else 4 * self.hidden_size
-            )
+            factor = 8 / 3 if self.feed_forward == "glu" else 4
+            self.intermediate_size = int(factor * self.hidden_size)
         super().__post_init__(**kwargs)
 
     @property
@@ -207,9 +208,10 @@ class TransNormerConfig(PreTrainedConfig):
             if (value := getattr(self, field)) < 1:
                 raise ValueError(f"{field}={value} must be at least 1.")
         if self.hidden_size % self.num_attention_heads:
+            divisors = [str(number) for number in range(1, self.hidden_size + 1) if self.hidden_size % number == 0]
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}; "
-                f"choose one of {_divisors(self.hidden_size)}."
+                f"choose one of {', '.join(divisors)}."
             )
         if self.lrpe and self.head_dim % 2:
             raise ValueError(
@@ -234,10 +236,6 @@ class TransNormerConfig(PreTrainedConfig):
                 raise ValueError(f"{field}={value} must be greater than 0.")
         if self.type_vocab_size < 0:
             raise ValueError(f"type_vocab_size={self.type_vocab_size} must be 0 (no token types) or more.")
-        for field in ("hidden_act", "classifier_activation"):
-            if (value := getattr(self, field)) not in ACT2CLS:
-                known = ", ".join(map(repr, sorted(ACT2CLS)))
-                raise ValueError(f"{field}={value!r} is not known; choose one of {known}.")
 
     def validate_layer_type(self) -> None:
         """Raises ValueError unless `layer_types` names one known attention per layer."""
@@ -277,34 +275,37 @@ class TransNormerConfig(PreTrainedConfig):
         if overrides:
             given = {name: value for name, value in config_dict.items() if name not in DERIVED_FIELDS}
             derived = cls(**given).to_dict()
-            chosen = {
-                name: config_dict[name]
-                for name in DERIVED_FIELDS
-                if config_dict.get(name, derived[name]) != derived[name]
-            }
+            stored = {name: config_dict.get(name) for name in DERIVED_FIELDS}
+            chosen = {name: value for name, value in stored.items() if value not in (None, derived[name])}
             config_dict = given | chosen | overrides
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in transformers, with the `auto_map` of every head and the release of the code that is saved with it.
+        """As in transformers, with the `auto_map` of every head, the code that it names and the release of that code.
 
         So one folder serves all Auto classes, and says whether its code is older than the installed package.
         """
         if self._auto_class is not None:
-            self.auto_map = dict(AUTO_MAP)
-            os.makedirs(save_directory, exist_ok=True)
-            for file in Path(__file__).parent.glob("*_transnormer.py"):  # else the map names code that is not there
-                shutil.copy(file, save_directory)
+            folder = Path(__file__).parent
+            if not (folder / "modeling_transnormer.py").exists():  # in the cache of remote code, without a model
+                folder = Path(self.name_or_path)
+            if (folder / "modeling_transnormer.py").exists():  # else `auto_map` names a repository on the Hub
+                self.auto_map = dict(AUTO_MAP)
+                os.makedirs(save_directory, exist_ok=True)
+                for file in folder.glob("*_transnormer.py"):  # perhaps of that very folder
+                    Path(save_directory, file.name).write_bytes(file.read_bytes())
         self.transnormer_version = CODE_VERSION
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 def without_former_defaults(config_dict: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration as this version reads it: fields that an earlier one filled in by itself are left out."""
-    if "transnormer_version" not in config_dict and config_dict.get("is_causal"):
-        # Earlier versions wrote their default, "first", also for causal models.
-        return {name: value for name, value in config_dict.items() if (name, value) != ("pooling", "first")}
-    return config_dict
+    release = _release(config_dict.get("transnormer_version") or "")
+    former: list[tuple[str, Any]] = [("pooling", "first")] if not release and config_dict.get("is_causal") else []
+    is_baseline = config_dict.get("model_type") != TransNormerConfig.model_type  # cosFormer computes with the length
+    if release <= (0, 3, 0) and config_dict.get("position_embedding", "learned") != "learned" and not is_baseline:
+        former.append(("max_position_embeddings", 512))
+    return {name: value for name, value in config_dict.items() if (name, value) not in former}
 
 
 def warn_of_older_code(config_dict: dict[str, Any], name: str) -> None:
@@ -329,7 +330,3 @@ def warn_of_older_code(config_dict: dict[str, Any], name: str) -> None:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

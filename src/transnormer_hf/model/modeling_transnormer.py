@@ -568,7 +568,10 @@ class TransNormerModel(TransNormerPreTrainedModel):
 
         if cache is not None:
             if not self.is_causal:
-                raise ValueError(f"{CACHE_NAME} was given to a bidirectional model (is_causal=False), which has none.")
+                raise ValueError(
+                    f"{CACHE_NAME} was given to a bidirectional model (is_causal=False), which has none. In place of "
+                    "prefix tuning: transnormer_hf.training.state_tuning."
+                )
             adopt_cache(cache, self.config)
         metadata = self._metadata(inputs_embeds, attention_mask, position_ids, cache, kwargs.get("cu_seq_lens_q"))
         metadata = with_segments(metadata)
@@ -796,6 +799,9 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             length = length if mask is None else mask.shape[1]
             if length is not None and cache.get_seq_length() >= length:
                 cache.crop(length - 1 - cache.get_seq_length())
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("Continuous batching pages keys and values; a TransNormer has none: use generate.")
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads its signature
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
