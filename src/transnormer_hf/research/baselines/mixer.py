@@ -66,7 +66,7 @@ class MixerAttention(TransNormerAttention):
         self.mixer = MIXERS[name](config, **(config.mixer_options or {}).get(name, {}))
 
     def attend(self, query, key, value, metadata, lrpe, state):
-        weights = self.attention_map(query, key, metadata, lrpe) if self.config.backend == "eager" else None
+        weights = self.attention_map(query, key, metadata, lrpe) if self.config.attention_backend == "eager" else None
         if weights is not None:
             return (weights @ zero_padding(value.to(weights.dtype), metadata)).to(value.dtype)
         wide = value.dtype if self.mixer.takes_half_precision else compute_dtype(value.dtype)
