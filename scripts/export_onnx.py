@@ -102,6 +102,7 @@ def export(model: PreTrainedModel, task: str, path: Path) -> None:
     program = torch.onnx.export(
         model, (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, output_names=outputs, verbose=False
     )
+    assert program is not None
     program.save(path)
 
 

@@ -379,7 +379,7 @@ class TransNormerHybridAttention(nn.Module):
         second_output, second_weights = second[0](hidden_states, metadata, second[1], output_attentions, query_input)
         if self.combination == "parallel":
             second_output = (output + second_output) / 2
-        maps = (second_weights, weights) if first is linear else (weights, second_weights)
+        maps = [weights, second_weights] if first is diag else [second_weights, weights]
         maps = [weights for weights in maps if weights is not None]  # beside a state, DiagAttention's alone
         return second_output, torch.cat(maps, 1) if maps else None
 

@@ -2,8 +2,8 @@
 
 Each has up to three forms that give the same result: its definition in `reference_transnormer.py` (`"eager"`, quadratic
 in length), a form in plain torch that is linear in length (`"torch"`, here), and Triton kernels for a GPU (`"triton"`).
-`backend="auto"` takes the kernels for the CUDA tensors that they support, and the torch form for all others. Shapes and
-dtypes are as in the definitions.
+`backend="auto"` takes the kernels for the CUDA tensors that they support, and the torch form for all others; while a
+model is exported, a form of its own. Shapes and dtypes are as in the definitions.
 """
 
 import math
@@ -43,8 +43,6 @@ except ImportError:  # triton is not installed
     MAX_BLOCK_SIZE = 0
 
 TRITON_VERSION = (0, 0) if triton is None else tuple(int(part) for part in triton.__version__.split(".")[:2])
-
-TORCH_SAYS_EXPORTING = getattr(torch.compiler, "is_exporting", None)
 
 NAMESPACE = operator_namespace(__name__)
 logger = logging.get_logger(__name__)
@@ -133,11 +131,8 @@ def diag_attention(
         raise ValueError(f"dropout_p={dropout_p} must be a probability, from 0 to 1.")
     dtype = value.dtype
     query, key, value, lrpe, metadata = check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata)
-    if (
-        backend == "auto"
-        and not is_exporting()
-        and ((activation == "relu" and block_size > MAX_BLOCK_SIZE) or value.shape != query.shape)
-    ):
+    is_unsupported = (activation == "relu" and block_size > MAX_BLOCK_SIZE) or value.shape != query.shape
+    if backend == "auto" and is_unsupported and not is_exporting():
         backend = "torch"  # the kernels take neither
     backend = _backend_for(backend, metadata, "eager", query, key, value)
     forms = {"eager": eager_diag_attention, "torch": chunked_diag_attention, "triton": triton_diag_attention}
@@ -189,14 +184,9 @@ def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
 
 
 def is_exporting() -> bool:
-    """Inside torch.export, torch.onnx.export or torch.jit.trace, and not inside torch.compile.
-
-    torch 2.6 does not tell torch.export(strict=True) from torch.compile.
-    """
-    if torch.jit.is_tracing():
-        return True
-    if TORCH_SAYS_EXPORTING is not None:
-        return TORCH_SAYS_EXPORTING()
+    """Inside torch.export (of torch 2.6 with strict=False alone), torch.onnx.export or torch.jit.trace."""
+    if torch.jit.is_tracing() or hasattr(torch.compiler, "is_exporting"):
+        return torch.jit.is_tracing() or torch.compiler.is_exporting()
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
@@ -236,38 +226,42 @@ def exported_norm_attention(query, key, value, *, metadata, causal, feature_map,
     query, key = prepare_query_key(query.to(wide), key.to(wide), metadata, feature_map, lrpe)
     value = zero_padding(value.to(wide), metadata)
     if not causal:
-        state = key.mT @ value  # (batch, heads, head_dim, value_dim)
-        state = state if initial_state is None else state + initial_state
+        state = key.mT @ value + (0 if initial_state is None else initial_state)  # (batch, heads, head_dim, value_dim)
         return query @ state, state
-    columns = torch.arange(seq_len, device=query.device)
-    chunks = torch.arange((seq_len - 1) // CHUNK_SIZE + 2, device=query.device)
-    source = chunks[:, None] * CHUNK_SIZE + torch.arange(CHUNK_SIZE, device=query.device)  # (chunks, chunk)
+    source = block_columns(seq_len, CHUNK_SIZE, query.device)  # (chunks, chunk)
     # (batch, heads, chunks, chunk, head_dim)
     query, key, value = (states[:, :, source.clamp(max=seq_len - 1)] for states in (query, key, value))
     key = key.masked_fill((source >= seq_len)[..., None], 0)
     states = F.pad((key.mT @ value).cumsum(2), (0, 0, 0, 0, 1, 0))  # (batch, heads, chunks + 1, head_dim, value_dim)
     states = states if initial_state is None else states + initial_state[:, :, None]
     output = (query @ key.mT).tril() @ value + query @ states[:, :, :-1]
-    return output[:, :, columns // CHUNK_SIZE, columns % CHUNK_SIZE], states[:, :, -1]
+    target = torch.arange(seq_len, device=query.device)
+    return output[:, :, target // CHUNK_SIZE, target % CHUNK_SIZE], states[:, :, -1]
 
 
 def exported_diag_attention(query, key, value, *, metadata, block_size, **options):
     """`eager_diag_attention` of each block, all blocks one batch. Each row is moved so that a block begins it."""
     batch_size, _, seq_len, _ = query.shape
     rows = torch.arange(batch_size, device=query.device)[:, None]
-    blocks, in_block = (torch.arange(n, device=query.device) for n in ((seq_len - 1) // block_size + 2, block_size))
     shift = torch.atleast_2d(metadata.positions)[:, :1] % block_size  # (batch or 1, 1)
-    source = (blocks[:, None] * block_size + in_block - shift[..., None]).expand(batch_size, -1, -1)
-    index = (rows[..., None], source.clamp(min=0).clamp(max=seq_len - 1))  # (batch, blocks, block) each
+    columns = block_columns(seq_len, block_size, query.device)  # (blocks, block)
+    source = (columns - shift[..., None]).expand(batch_size, -1, -1)  # (batch, blocks, block)
+    index = (rows[..., None], source.clamp(min=0).clamp(max=seq_len - 1))
     is_real = (source >= 0) & (source < seq_len)
     if metadata.is_real is not None:
         is_real = is_real & metadata.is_real[index]
-    in_blocks = AttentionMetadata(in_block, is_real.flatten(0, 1))
+    in_blocks = AttentionMetadata(columns[0], is_real.flatten(0, 1))
     # (batch * blocks, heads, block, head_dim)
     blocked = (states.transpose(1, 2)[index].flatten(0, 1).transpose(1, 2) for states in (query, key, value))
     output = eager_diag_attention(*blocked, metadata=in_blocks, block_size=block_size, **options).transpose(1, 2)
     target = torch.arange(seq_len, device=query.device) + shift  # (batch or 1, seq)
-    return output[rows * blocks.shape[0] + target // block_size, target % block_size].transpose(1, 2)
+    return output[rows * columns.shape[0] + target // block_size, target % block_size].transpose(1, 2)
+
+
+def block_columns(seq_len, size, device):
+    """(blocks, size) columns of each block, with room for up to a block before the first column."""
+    blocks = torch.arange((seq_len - 1) // size + 2, device=device)
+    return blocks[:, None] * size + torch.arange(size, device=device)
 
 
 # The chunked form
