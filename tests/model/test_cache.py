@@ -223,8 +223,9 @@ def test_generation_gives_the_maps_of_every_step(assistant):
             torch.testing.assert_close(part, of_whole[:, :, -part.shape[2] :])
 
 
-def test_assisted_decoding_without_any_map_is_refused_by_name():
-    model, prompt = tiny_model("norm"), torch.randint(3, 50, (1, 7))
+@pytest.mark.parametrize("mix", ["norm", "diag, norm"])
+def test_assisted_decoding_where_a_layer_has_no_map_is_refused_by_name(mix):
+    model, prompt = tiny_model(mix), torch.randint(3, 50, (1, 7))
     with pytest.raises(ValueError, match="output_attentions=True with assisted decoding"):
         model.generate(prompt, prompt_lookup_num_tokens=2, output_attentions=True, return_dict_in_generate=True)
 
