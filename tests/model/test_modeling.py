@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, set_seed
 
 from transnormer_hf import TransNormerCache, TransNormerConfig, TransNormerForCausalLM, TransNormerModel
+from transnormer_hf.model import modeling_transnormer
 from transnormer_hf.model.configuration_transnormer import CACHE_NAME
 from transnormer_hf.model.modeling_transnormer import (
     TransNormerDiagAttention,
@@ -350,7 +351,7 @@ class TestOutputs:
 
 
 class TestAttentionMaps:
-    """`output_attentions`: a map for each attention that forms one, in the order in which they are computed."""
+    """`output_attentions`: one map per layer, whichever backend runs; both of a hybrid layer stand in its heads."""
 
     def record(self, model, input_ids, **kwargs):
         """Outputs with maps, and per attention its values and what goes into its output projection."""
@@ -368,8 +369,9 @@ class TestAttentionMaps:
         fields = {"variant": variant, "is_causal": is_causal, "backend": "eager", "attention_norm_type": "none"}
         model, input_ids = make_model(layer_types=[DIAG, NORM, HYBRID], **fields), make_ids(2, 10)
         outputs, values, inner = self.record(model, input_ids)
-        assert len(outputs.attentions) == 4  # two of them from the hybrid layer
-        for weights, value, output in zip(outputs.attentions, values, inner, strict=True):
+        assert [weights.shape[1] for weights in outputs.attentions] == [2, 2, 4]
+        maps = [part for weights in outputs.attentions for part in weights.split(2, 1)]
+        for weights, value, output in zip(maps, values, inner, strict=True):
             assert weights.shape == (2, 2, 10, 10)
             product = weights @ value.unflatten(-1, (2, 8)).transpose(1, 2)  # (batch, heads, seq, head_dim)
             torch.testing.assert_close(product.transpose(1, 2).flatten(2), output)
@@ -389,13 +391,19 @@ class TestAttentionMaps:
         if variant == "t2":
             torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 10))
 
+    @pytest.mark.parametrize("combination", ["parallel", "diag_then_norm", "norm_then_diag"])
     @pytest.mark.parametrize("backend", ["torch", "auto"])
-    def test_norm_attention_has_a_map_with_the_eager_backend_only(self, backend):
-        input_ids = make_ids(1, 6)
-        model = make_model(layer_types=[NORM, DIAG, NORM, HYBRID], backend=backend)
-        assert len(model(input_ids, output_attentions=True).attentions) == 2
-        model = make_model(layer_types=[NORM, DIAG, NORM, HYBRID], backend="eager")
-        assert len(model(input_ids, output_attentions=True).attentions) == 5
+    def test_every_layer_has_the_map_of_the_definition_at_its_place(self, backend, combination):
+        layer_types, input_ids = [NORM, DIAG, NORM, HYBRID, "full_attention"], make_ids(1, 6)
+        fields = {"layer_types": layer_types, "hybrid_combination": combination}
+        model, eager = make_model(**fields, backend=backend), make_model(**fields, backend="eager")
+        eager.load_state_dict(model.state_dict())
+        maps, expected = (each(input_ids, output_attentions=True).attentions for each in (model, eager))
+        for weights, of_definition, layer_type in zip(maps, expected, layer_types, strict=True):
+            assert weights.shape == (1, 4 if layer_type == HYBRID else 2, 6, 6)
+            torch.testing.assert_close(weights, of_definition)
+        hybrid_in_blocks = maps[3][:, :2, BLOCK:, :BLOCK], maps[3][:, 2:, BLOCK:, :BLOCK]
+        assert [bool((part != 0).any()) for part in hybrid_in_blocks] == [False, True]  # DiagAttention's heads first
 
     @backends
     def test_asking_for_maps_changes_no_output(self, backend):
@@ -424,7 +432,8 @@ class TestAttentionMaps:
         outputs = model(make_ids(1, 6), output_attentions=True)
         assert len(outputs.attentions) == 2
         step = model(make_ids(1, 1), past_key_values=outputs[CACHE_NAME], output_attentions=True)
-        assert [weights.shape for weights in step.attentions] == [(1, 2, 1, 7)]  # DiagAttention's
+        assert step.attentions[0].shape == (1, 2, 1, 7)  # DiagAttention's
+        assert step.attentions[1] is None
 
 
 def enable_checkpointing(model, use_reentrant):
@@ -713,16 +722,58 @@ def test_packed_sequences_with_a_given_state_are_refused():
 
 
 class TestAttentionImplementation:
-    """`attn_implementation` of transformers chooses among forms of softmax attention, `backend` among forms of ours."""
+    """`attn_implementation` of transformers: "eager" is the eager backend, "sdpa" the configuration's, others raise."""
 
-    def test_eager_is_accepted_and_is_not_the_eager_backend(self, tmp_path):
+    @pytest.fixture
+    def folder(self, tmp_path):
         make_model(backend="torch").save_pretrained(tmp_path)
-        model = TransNormerModel.from_pretrained(tmp_path, attn_implementation="eager")
-        assert model.config.backend == "torch"
-        assert TransNormerModel.from_pretrained(tmp_path, backend="eager").config.backend == "eager"
+        return tmp_path
 
-    @pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention"])
-    def test_what_is_not_our_attention_is_refused(self, tmp_path, name):
-        make_model().save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="TransNormerModel does not support"):
-            TransNormerModel.from_pretrained(tmp_path, attn_implementation=name)
+    def backends_that_run(self, model, monkeypatch):
+        """Of the attentions, in a forward."""
+        run = set()
+
+        def spied(function):
+            def attend(*args, **options):
+                run.add(options["backend"])
+                return function(*args, **options)
+
+            return attend
+
+        with monkeypatch.context() as patch:
+            for name in ("norm_attention", "diag_attention"):
+                patch.setattr(modeling_transnormer, name, spied(getattr(modeling_transnormer, name)))
+            model(make_ids(1, 6))
+        return run
+
+    @pytest.mark.parametrize(("name", "backend"), [("eager", "eager"), ("sdpa", "torch"), (None, "torch")])
+    def test_what_runs(self, folder, monkeypatch, name, backend):
+        given = {} if name is None else {"attn_implementation": name}
+        model = TransNormerModel.from_pretrained(folder, **given)
+        assert self.backends_that_run(model, monkeypatch) == {backend}
+        assert model.config.backend == "torch"  # what is saved does not change
+
+    def test_it_can_be_set_afterwards(self, folder, monkeypatch):
+        model = TransNormerModel.from_pretrained(folder)
+        model.set_attn_implementation("eager")
+        assert self.backends_that_run(model, monkeypatch) == {"eager"}
+        model.set_attn_implementation("sdpa")
+        assert self.backends_that_run(model, monkeypatch) == {"torch"}
+
+    def test_all_give_the_same_numbers(self, folder):
+        input_ids = make_ids(2, 6)
+        fast, eager = (TransNormerModel.from_pretrained(folder, attn_implementation=n) for n in ("sdpa", "eager"))
+        torch.testing.assert_close(fast(input_ids).last_hidden_state, eager(input_ids).last_hidden_state)
+
+    @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "paged|sdpa"])
+    def test_what_is_not_our_attention_is_refused_with_what_works(self, folder, name):
+        said = re.escape(f"attn_implementation={name!r}") + '.*"sdpa".*"eager"'
+        with pytest.raises(ValueError, match=said):
+            TransNormerModel.from_pretrained(folder, attn_implementation=name)
+        with pytest.raises(ValueError, match=said):
+            make_model().set_attn_implementation(name)
+
+    def test_a_configuration_that_asks_for_maps_gets_them(self, folder):
+        """As bertviz's examples load a model."""
+        model = TransNormerModel.from_pretrained(folder, output_attentions=True)
+        assert [weights.shape for weights in model(make_ids(1, 6)).attentions] == [(1, 2, 6, 6)] * 2

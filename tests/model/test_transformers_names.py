@@ -51,6 +51,9 @@ IMPORTED = {
 
 # Private names of transformers' classes that ours define, and why. None is imported.
 OVERRIDDEN = {
+    "_can_set_attn_implementation": "set_attn_implementation asks it; transformers greps the source otherwise",
+    "_check_and_adjust_attn_implementation": "where attn_implementation arrives; without it 'sdpa' is refused and the"
+    " default cannot be told from 'eager'",
     "_can_compile_fullgraph": "declares that a static cache may be compiled; no public name",
     "_can_record_outputs": "what output_attentions and its kind collect; every model of transformers sets it",
     "_init_weights": "the documented way to initialise a model of one's own",

@@ -124,7 +124,9 @@ class TransNormerConfig(PreTrainedConfig):
         pooling: Token that represents a sequence for classification: "first", "last" or the "mean" of all real ones.
             `None` is "first", or "last" for a causal model, whose first token sees nothing else.
         use_cache: Whether a causal model returns its state for generation.
-        backend: "eager", "torch", "triton" or "auto" (see `ops_transnormer.py`).
+        backend: "eager", "torch", "triton" or "auto" (see `ops_transnormer.py`). `attn_implementation` of
+            `from_pretrained` is accepted as scripts for transformers pass it: "eager" is the eager backend for this
+            one model object, "sdpa" what is written here; both give the same numbers. Others raise.
         transnormer_version: Release of this package that saved the configuration, and the code beside it; set by
             `save_pretrained`.
     """
@@ -198,6 +200,11 @@ class TransNormerConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_backend(self) -> str:
+        """The backend in use: `backend`, or "eager" where `attn_implementation="eager"` was asked for."""
+        return "eager" if self._attn_implementation == "eager" else self.backend
 
     def validate_architecture(self) -> None:
         """Raises ValueError with the field, its value and what is allowed. Runs on creation and before saving."""

@@ -35,7 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive
 from .configuration_transnormer import CACHE_NAME, TransNormerConfig
-from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm, with_segments
+from .ops_transnormer import diag_attention, is_exporting, norm_attention, simple_rms_norm, with_segments
 from .reference_transnormer import (
     LRPE,
     AttentionMetadata,
@@ -75,9 +75,11 @@ class TransNormerRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.norm_type == "simple_rms":
-            return simple_rms_norm(hidden_states, self.config.rms_norm_eps, self.config.backend)
+            return simple_rms_norm(hidden_states, self.config.rms_norm_eps, self.config.attention_backend)
         wide = hidden_states.to(compute_dtype(hidden_states.dtype))  # in float16 an eps of 1e-8 would be zero
-        return nn.functional.rms_norm(wide, wide.shape[-1:], eps=self.config.rms_norm_eps).to(hidden_states.dtype)
+        scale = 2**12 if is_exporting() else 1  # as in `simple_rms_norm`
+        normed = nn.functional.rms_norm(wide * scale, wide.shape[-1:], eps=self.config.rms_norm_eps * scale**2)
+        return normed.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.norm_type}, eps={self.config.rms_norm_eps}"
@@ -226,7 +228,7 @@ class TransNormerNormAttention(TransNormerAttention):
         if value.dtype == torch.float16:  # sums over a long context leave its range before the norm brings them back
             query, key, value = query.float(), key.float(), value.float()
         past = None if state is None or state.tokens.is_prefill else state.past["state"]
-        options = self.options | {"lrpe": lrpe, "metadata": metadata, "backend": self.config.backend}
+        options = self.options | {"lrpe": lrpe, "metadata": metadata, "backend": self.config.attention_backend}
         output, new_state = norm_attention(
             query, key, value, **options, initial_state=past, return_state=state is not None
         )
@@ -247,8 +249,6 @@ class TransNormerNormAttention(TransNormerAttention):
         return state.state.attend(query)
 
     def attention_map(self, query, key, metadata, lrpe):
-        if self.config.backend != "eager":  # no other backend ever forms this map
-            return None
         return norm_attention_map(query, key, metadata=metadata, lrpe=lrpe, **self.options)[0]
 
     def map_with_past(self, query, key, metadata, lrpe, state):
@@ -266,7 +266,7 @@ class TransNormerDiagAttention(TransNormerAttention):
 
     def attend(self, query, key, value, metadata, lrpe, state):
         dropout_p = self.dropout_p if self.training else 0.0
-        options = self.options | {"dropout_p": dropout_p, "backend": self.config.backend}
+        options = self.options | {"dropout_p": dropout_p, "backend": self.config.attention_backend}
         if state is None:
             return diag_attention(query, key, value, **options, lrpe=lrpe, metadata=metadata)
 
@@ -353,7 +353,10 @@ class TransNormerFullAttention(TransNormerDiagAttention):
 
 
 class TransNormerHybridAttention(nn.Module):
-    """Both attentions in one layer (Table 12): their mean, or the output of one as the query of the other."""
+    """Both attentions in one layer (Table 12): their mean, or the output of one as the query of the other.
+
+    Its map (batch, 2 · heads, seq, seq) has the heads of DiagAttention, then those of NormAttention.
+    """
 
     def __init__(self, config: TransNormerConfig):
         super().__init__()
@@ -376,7 +379,9 @@ class TransNormerHybridAttention(nn.Module):
         second_output, second_weights = second[0](hidden_states, metadata, second[1], output_attentions, query_input)
         if self.combination == "parallel":
             second_output = (output + second_output) / 2
-        return second_output, weights if weights is not None else second_weights
+        maps = [weights, second_weights] if first is diag else [second_weights, weights]
+        maps = [weights for weights in maps if weights is not None]  # beside a state, DiagAttention's alone
+        return second_output, torch.cat(maps, 1) if maps else None
 
 
 ATTENTION_CLASSES: dict[str, Callable[[TransNormerConfig], nn.Module]] = {
@@ -405,6 +410,10 @@ class TransNormerFeedForward(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+class TransNormerAttentionMap(nn.Identity):
+    """Where `output_attentions` takes the map of a layer, or the None of an attention that has none: one place each."""
+
+
 class TransNormerLayer(GradientCheckpointingLayer):
     """Attention and feed-forward, each with a residual branch, the norm before (pre) or after the sum (post)."""
 
@@ -412,6 +421,7 @@ class TransNormerLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = ATTENTION_CLASSES[config.layer_types[layer_idx]](config)
         self.feed_forward = TransNormerFeedForward(config)
+        self.attention_map = TransNormerAttentionMap()
         self.attention_norm = make_norm(config.norm_type, config)
         self.feed_forward_norm = make_norm(config.norm_type, config)
         self.is_pre_norm = config.norm_placement == "pre"
@@ -426,7 +436,9 @@ class TransNormerLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         # (batch, seq, hidden_size) throughout
         branch = self.attention_norm(hidden_states) if self.is_pre_norm else hidden_states
-        branch, _ = self.self_attn(branch, metadata, state, **kwargs)
+        branch, weights = self.self_attn(branch, metadata, state, **kwargs)
+        if kwargs.get("output_attentions"):
+            self.attention_map(weights)
         hidden_states = hidden_states + self.dropout(branch)
         if not self.is_pre_norm:
             hidden_states = self.attention_norm(hidden_states)
@@ -486,13 +498,26 @@ class TransNormerPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": TransNormerLayer,
-        "attentions": OutputRecorder(TransNormerAttention, index=1),
+        "attentions": OutputRecorder(TransNormerAttentionMap),
     }
 
     def __init__(self, config: TransNormerConfig):
         super().__init__(config)
         # of the card that the Trainer writes: the Hub asks for trust where it sees this tag
         self.add_model_tags(["custom_code"])
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        if attn_implementation not in (None, "eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r} is a form of softmax attention over a whole text, which "
+                f'{type(self).__name__} does not compute. Use "sdpa" (the same as to leave it out: the fast form of '
+                'these attentions that `backend` in the configuration names) or "eager" (their definitions).'
+            )
+        return attn_implementation or "sdpa"
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -592,7 +617,7 @@ class TransNormerModel(TransNormerPreTrainedModel):
         hidden_states = self.embed_positions(hidden_states, positions, max_length)
         hidden_states = self.dropout(self.embed_norm(hidden_states))
 
-        if cache is None and use_cache and self.is_causal and not self.training and not is_packed:
+        if cache is None and use_cache and self.is_causal and not (self.training or is_packed or is_exporting()):
             cache = TransNormerCache(self.config)
         updates: list[Any] = [None] * len(self.layers)
         if cache is not None:
@@ -786,10 +811,10 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             must_record = must_record or any(getattr(layer, "record_past", False) for layer in cache.layers)
             cache = TransNormerCache(self.config, is_compileable=isinstance(cache, StaticCache))
             model_kwargs[CACHE_NAME] = cache
-        if is_assisted and generation_config.output_attentions and set(self.config.layer_types) == {"linear_attention"}:
+        if is_assisted and generation_config.output_attentions and "linear_attention" in self.config.layer_types:
             raise ValueError(
-                "output_attentions=True with assisted decoding: NormAttention has no attention map next to a state, "
-                "and this model has no other layer; leave one of the two out."
+                "output_attentions=True with assisted decoding: NormAttention has no attention map next to a state; "
+                "leave one of the two out."
             )
         if must_record:
             for layer in cache.layers:

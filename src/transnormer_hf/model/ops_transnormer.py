@@ -2,8 +2,8 @@
 
 Each has up to three forms that give the same result: its definition in `reference_transnormer.py` (`"eager"`, quadratic
 in length), a form in plain torch that is linear in length (`"torch"`, here), and Triton kernels for a GPU (`"triton"`).
-`backend="auto"` takes the kernels for the CUDA tensors that they support, and the torch form for all others. Shapes and
-dtypes are as in the definitions.
+`backend="auto"` takes the kernels for the CUDA tensors that they support, and the torch form for all others; while a
+model is exported, a form of its own. Shapes and dtypes are as in the definitions.
 """
 
 import math
@@ -27,7 +27,9 @@ from .reference_transnormer import (
     eager_norm_attention,
     eager_simple_rms_norm,
     operator_namespace,
+    prepare_query_key,
     rotation_angles,
+    zero_padding,
 )
 
 try:
@@ -87,6 +89,7 @@ def norm_attention(
         raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}; these inputs need {state_shape}.")
     backend = _backend_for(backend, metadata, "torch", query, key, value)
     forms = {"eager": eager_norm_attention, "torch": chunked_norm_attention, "triton": triton_norm_attention}
+    forms["export"] = exported_norm_attention
     options = {"causal": causal, "feature_map": feature_map, "lrpe": lrpe, "initial_state": initial_state}
     with without_autocast(query.device):
         output, state = forms[backend](query, key, value, metadata=metadata, return_state=return_state, **options)
@@ -128,10 +131,12 @@ def diag_attention(
         raise ValueError(f"dropout_p={dropout_p} must be a probability, from 0 to 1.")
     dtype = value.dtype
     query, key, value, lrpe, metadata = check_inputs(query, key, value, lrpe, attention_mask, cu_seqlens, metadata)
-    if backend == "auto" and ((activation == "relu" and block_size > MAX_BLOCK_SIZE) or value.shape != query.shape):
+    is_unsupported = (activation == "relu" and block_size > MAX_BLOCK_SIZE) or value.shape != query.shape
+    if backend == "auto" and is_unsupported and not is_exporting():
         backend = "torch"  # the kernels take neither
     backend = _backend_for(backend, metadata, "eager", query, key, value)
     forms = {"eager": eager_diag_attention, "torch": chunked_diag_attention, "triton": triton_diag_attention}
+    forms["export"] = exported_diag_attention
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     options = {"causal": causal, "activation": activation, "lrpe": lrpe, "dropout_p": dropout_p}
     with without_autocast(query.device):
@@ -147,6 +152,9 @@ def simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8, backend: str
     """
     if resolve_backend(backend, hidden_states) == "triton":
         return triton_simple_rms_norm(hidden_states, eps)
+    if is_exporting():  # the same numbers: onnxscript takes a summand of 1e-8 for 0 and leaves it out
+        wide = hidden_states.to(compute_dtype(hidden_states.dtype))
+        return eager_simple_rms_norm(wide * 2**12, eps * 2**12).to(hidden_states.dtype)
     return eager_simple_rms_norm(hidden_states, eps)
 
 
@@ -159,7 +167,7 @@ def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
     check_choice("backend", backend, ("auto", "eager", "torch", "triton"))
     if backend in ("eager", "torch"):
         return backend
-    if backend == "auto" and not tensors[0].is_cuda:
+    if backend == "auto" and (not tensors[0].is_cuda or is_exporting()):
         return "torch"
     if triton is None:
         reason = 'backend="triton" needs the triton package, which is not installed; use backend="auto".'
@@ -175,6 +183,13 @@ def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
     return "triton" if reason is None else "torch"
 
 
+def is_exporting() -> bool:
+    """Inside torch.export (of torch 2.6 with strict=False alone), torch.onnx.export or torch.jit.trace."""
+    if torch.jit.is_tracing() or hasattr(torch.compiler, "is_exporting"):
+        return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def with_segments(metadata: AttentionMetadata) -> AttentionMetadata:
     """The metadata with what the kernels of NormAttention need of packed sequences: once, for all layers of a model."""
     if metadata.cu_seqlens is None or not metadata.cu_seqlens.is_cuda or segment_table is None:
@@ -184,6 +199,8 @@ def with_segments(metadata: AttentionMetadata) -> AttentionMetadata:
 
 def _backend_for(backend: str, metadata: AttentionMetadata, for_any_positions: str, *tensors: torch.Tensor) -> str:
     resolved, seq_len = resolve_backend(backend, *tensors), tensors[0].shape[2]
+    if backend == "auto" and is_exporting():
+        return "export" if metadata.is_contiguous and metadata.cu_seqlens is None else "eager"
     # No kernel runs on an empty sequence, and for one token the torch form is slower to reach than the definition.
     if seq_len == 0 or (seq_len == 1 and resolved == "torch"):
         return "eager"
@@ -197,6 +214,54 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     except RuntimeError:  # a kind of device that autocast does not know
         is_enabled = False
     return torch.autocast(device.type, enabled=False) if is_enabled else nullcontext()
+
+
+# The exported form: operators that every exporter knows, linear in length. Sizes may be symbols: no reshape divides
+# one, which would be a condition on it, and no number of blocks is ever 1, which would be a case of its own.
+
+
+def exported_norm_attention(query, key, value, *, metadata, causal, feature_map, lrpe, initial_state, return_state):
+    """`eager_norm_attention` as Q (K^T V); if causal, by chunks, the states before them as cumulative sums."""
+    wide, seq_len = compute_dtype(query.dtype), query.shape[2]
+    query, key = prepare_query_key(query.to(wide), key.to(wide), metadata, feature_map, lrpe)
+    value = zero_padding(value.to(wide), metadata)
+    if not causal:
+        state = key.mT @ value + (0 if initial_state is None else initial_state)  # (batch, heads, head_dim, value_dim)
+        return query @ state, state
+    source = block_columns(seq_len, CHUNK_SIZE, query.device)  # (chunks, chunk)
+    # (batch, heads, chunks, chunk, head_dim)
+    query, key, value = (states[:, :, source.clamp(max=seq_len - 1)] for states in (query, key, value))
+    key = key.masked_fill((source >= seq_len)[..., None], 0)
+    states = F.pad((key.mT @ value).cumsum(2), (0, 0, 0, 0, 1, 0))  # (batch, heads, chunks + 1, head_dim, value_dim)
+    states = states if initial_state is None else states + initial_state[:, :, None]
+    output = (query @ key.mT).tril() @ value + query @ states[:, :, :-1]
+    target = torch.arange(seq_len, device=query.device)
+    return output[:, :, target // CHUNK_SIZE, target % CHUNK_SIZE], states[:, :, -1]
+
+
+def exported_diag_attention(query, key, value, *, metadata, block_size, **options):
+    """`eager_diag_attention` of each block, all blocks one batch. Each row is moved so that a block begins it."""
+    batch_size, _, seq_len, _ = query.shape
+    rows = torch.arange(batch_size, device=query.device)[:, None]
+    shift = torch.atleast_2d(metadata.positions)[:, :1] % block_size  # (batch or 1, 1)
+    columns = block_columns(seq_len, block_size, query.device)  # (blocks, block)
+    source = (columns - shift[..., None]).expand(batch_size, -1, -1)  # (batch, blocks, block)
+    index = (rows[..., None], source.clamp(min=0).clamp(max=seq_len - 1))
+    is_real = (source >= 0) & (source < seq_len)
+    if metadata.is_real is not None:
+        is_real = is_real & metadata.is_real[index]
+    in_blocks = AttentionMetadata(columns[0], is_real.flatten(0, 1))
+    # (batch * blocks, heads, block, head_dim)
+    blocked = (states.transpose(1, 2)[index].flatten(0, 1).transpose(1, 2) for states in (query, key, value))
+    output = eager_diag_attention(*blocked, metadata=in_blocks, block_size=block_size, **options).transpose(1, 2)
+    target = torch.arange(seq_len, device=query.device) + shift  # (batch or 1, seq)
+    return output[rows * columns.shape[0] + target // block_size, target % block_size].transpose(1, 2)
+
+
+def block_columns(seq_len, size, device):
+    """(blocks, size) columns of each block, with room for up to a block before the first column."""
+    blocks = torch.arange((seq_len - 1) // size + 2, device=device)
+    return blocks[:, None] * size + torch.arange(size, device=device)
 
 
 # The chunked form

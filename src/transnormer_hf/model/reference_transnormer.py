@@ -78,8 +78,9 @@ def rotation_angles(positions: torch.Tensor, theta: torch.Tensor) -> torch.Tenso
     none): the bare product, rounded to float32, would be off by 0.008 rad at position 131,072.
     """
     wide = torch.float32 if theta.device.type == "mps" else torch.float64
-    turns = positions.to(wide)[..., None] * (theta.to(wide) / (2 * torch.pi))
-    return ((turns - turns.detach().floor()) * (2 * torch.pi)).to(theta.dtype)
+    turn = torch.tensor(2 * torch.pi, dtype=wide)  # ONNX rounds a number of Python's to float32
+    turns = positions.to(wide)[..., None] * (theta.to(wide) / turn)
+    return ((turns - turns.detach().floor()) * turn).to(theta.dtype)
 
 
 class AttentionMetadata(NamedTuple):

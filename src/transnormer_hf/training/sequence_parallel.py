@@ -238,7 +238,7 @@ class SequenceParallelNormAttention(TransNormerNormAttention):
             **self.options,
             lrpe=lrpe,
             metadata=metadata,
-            backend=self.config.backend,
+            backend=self.config.attention_backend,
             group=self.group,
         )
 

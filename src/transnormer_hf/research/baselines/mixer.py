@@ -95,7 +95,7 @@ class BaselineAttention(TransNormerAttention):
 
     def forward(self, hidden_states, metadata, state=None, output_attentions=False, query_input=None, **kwargs):
         rows = Rows(metadata, *hidden_states.shape[:2])
-        wants_map = output_attentions or self.config.backend == "eager"
+        wants_map = output_attentions or self.config.attention_backend == "eager"
         output, weights = self.mix(rows.split(hidden_states), rows.metadata, wants_map)
         return rows.join(output), rows.join_map(weights) if weights is not None and output_attentions else None
 

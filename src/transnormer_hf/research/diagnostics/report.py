@@ -1,7 +1,6 @@
 """`attention_report`: every map instrument on every layer of a model, as a table, as JSON and as figures."""
 
 import base64
-import contextlib
 import html
 import io
 import json
@@ -175,14 +174,17 @@ def attention_report(
 ) -> AttentionReport:
     """Runs a model on a batch and measures the attention map of every layer (`maps.py` defines the instruments).
 
-    model: one of ours, or any model of transformers that returns attentions. It runs in eval mode, and on the "eager"
-        backend if it has one; both are restored afterwards.
+    model: one of ours, or any model of transformers that returns attentions. It runs in eval mode, which is undone
+        afterwards.
     batch: the model's inputs, tensors of (batch, seq), with an `attention_mask` if there is padding.
 
     Raises ValueError if the model returns no maps of (batch, heads, seq, seq).
     """
-    with _measurable(model):
-        attentions = model(**batch, output_attentions=True).get("attentions")
+    was_training = model.training
+    try:
+        attentions = model.eval()(**batch, output_attentions=True).get("attentions")
+    finally:
+        model.train(was_training)
     if not attentions or any(weights is None or weights.dim() != 4 for weights in attentions):
         raise ValueError(
             f"model ({type(model).__name__}) gave no attention maps of (batch, heads, seq, seq); load it with "
@@ -191,9 +193,8 @@ def attention_report(
     attention_mask = batch.get("attention_mask")
     if attention_mask is not None:
         attention_mask = attention_mask.cpu()
-    kinds = _kinds(model, len(attentions))
     report = AttentionReport(list(ratios), edge, [], [], [])
-    for (layer_index, kind), weights in zip(kinds, attentions, strict=True):
+    for layer_index, kind, weights in _maps(model, attentions):
         weights = weights.float().cpu()
         layer, mean_map, logs = _measure(weights, attention_mask, ratios, edge)
         report.layers.append({"layer": layer_index, "kind": kind, **layer})
@@ -234,30 +235,18 @@ def _measure(
     return layer, first, logs
 
 
-def _kinds(model: PreTrainedModel, count: int) -> list[tuple[int, str]]:
-    """Layer and kind of each map; a hybrid layer of ours has two."""
-    layer_types = getattr(model.config, "layer_types", None) or ["attention"] * count
-    kinds: list[tuple[int, str]] = []
-    for index, layer_type in enumerate(layer_types):
+def _maps(model: PreTrainedModel, attentions: Sequence[torch.Tensor]) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """Layer, kind and weights of each map; a hybrid layer of ours has two, one after the other in its heads."""
+    layer_types = getattr(model.config, "layer_types", None) or []
+    if len(layer_types) != len(attentions):
+        layer_types = ["attention"] * len(attentions)
+    for index, (layer_type, weights) in enumerate(zip(layer_types, attentions, strict=True)):
         if layer_type == "hybrid":
-            kinds += [(index, "chunked_attention"), (index, "linear_attention")]
+            diag, linear = weights.chunk(2, 1)
+            yield index, "chunked_attention", diag
+            yield index, "linear_attention", linear
         else:
-            kinds.append((index, layer_type))
-    return kinds if len(kinds) == count else [(index, "attention") for index in range(count)]
-
-
-@contextlib.contextmanager
-def _measurable(model: PreTrainedModel) -> Iterator[None]:
-    was_training, backend = model.training, getattr(model.config, "backend", None)
-    model.eval()
-    if backend is not None:  # the only one that forms the map of NormAttention
-        model.config.backend = "eager"
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        if backend is not None:
-            model.config.backend = backend
+            yield index, layer_type, weights
 
 
 def _finite(numbers: torch.Tensor) -> list[float | None]:

@@ -1,0 +1,111 @@
+"""torchao and bitsandbytes beside stock models of the same sizes: what stays in float, and how far the logits move."""
+
+import copy
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from transnormer_hf import TransNormerConfig, TransNormerForCausalLM, TransNormerForMaskedLM
+
+SIZES = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES |= {"intermediate_size": 256}
+LAYERS = 4
+
+pytestmark = [
+    pytest.mark.ecosystem,
+    pytest.mark.parametrize(("is_causal", "variant"), [(True, "t1"), (True, "t2"), (False, "t1"), (False, "t2")]),
+]
+
+
+def make_pair(is_causal, variant):
+    torch.manual_seed(0)
+    config = TransNormerConfig(**SIZES, variant=variant)
+    if is_causal:
+        return TransNormerForCausalLM(config), LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    return TransNormerForMaskedLM(config), BertForMaskedLM(BertConfig(**SIZES))
+
+
+@torch.no_grad()
+def relative_error(quantised, model):
+    input_ids = torch.arange(3, 163).view(2, 80)
+    expected = model.eval()(input_ids).logits
+    return float((quantised.eval()(input_ids).logits - expected).norm() / expected.norm())
+
+
+def left_in_float(model, kind):
+    """Names of the Linear layers whose weights are not of this kind."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and type(module.weight).__name__ != kind
+    ]
+
+
+def projections_per_layer(model):
+    return 7 if isinstance(model, TransNormerForCausalLM | TransNormerForMaskedLM | LlamaForCausalLM) else 6
+
+
+class TestTorchao:
+    @pytest.mark.parametrize(
+        ("config", "kind"),
+        [
+            ("Int8WeightOnlyConfig", "Int8Tensor"),
+            ("Int8DynamicActivationInt8WeightConfig", "Int8Tensor"),
+            ("Float8WeightOnlyConfig", "Float8Tensor"),
+        ],
+    )
+    def test_quantises_every_projection(self, is_causal, variant, config, kind):
+        torchao = pytest.importorskip("torchao.quantization")
+        errors = []
+        for model in make_pair(is_causal, variant):
+            head = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+            quantised = copy.deepcopy(model)
+            # The tied head stays: torchao's float8 makes NaN of the zero row of the padding token, in BERT as well.
+            chosen = lambda module, name, _head=head: isinstance(module, torch.nn.Linear) and name not in _head  # noqa: E731
+            torchao.quantize_(quantised, getattr(torchao, config)(), chosen)
+            assert set(left_in_float(quantised, kind)) == head
+            assert quantised.get_output_embeddings().weight is quantised.get_input_embeddings().weight
+            errors.append(relative_error(quantised, model))
+        of_ours, of_stock = errors
+        assert 0 < of_ours <= 1.5 * of_stock
+
+
+class TestBitsAndBytes:
+    def load(self, model, folder, bits):
+        pytest.importorskip("bitsandbytes")
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {}
+        config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **options)
+        model.save_pretrained(folder)
+        return type(model).from_pretrained(folder, quantization_config=config, device_map="cpu")
+
+    @pytest.mark.parametrize(("bits", "kind"), [(8, "Int8Params"), (4, "Params4bit")])
+    def test_quantises_every_projection_but_the_tied_head(self, is_causal, variant, tmp_path, bits, kind):
+        errors = []
+        for model in make_pair(is_causal, variant):
+            quantised = self.load(model, tmp_path / type(model).__name__, bits)
+            kinds = [type(getattr(module, "weight", None)).__name__ for module in quantised.modules()]
+            assert kinds.count(kind) >= LAYERS * projections_per_layer(model)
+            in_layers = [name for name in left_in_float(quantised, kind) if "layers." in name or "layer." in name]
+            assert in_layers == []
+            assert quantised.get_output_embeddings().weight is quantised.get_input_embeddings().weight
+            errors.append(relative_error(quantised, model))
+        of_ours, of_stock = errors
+        assert 0 < of_ours <= 1.5 * of_stock
+
+    @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")  # peft calls it
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+    def test_adapters_learn_on_four_bits(self, is_causal, variant, tmp_path):
+        peft = pytest.importorskip("peft")
+        model = peft.prepare_model_for_kbit_training(self.load(make_pair(is_causal, variant)[0], tmp_path, 4))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear")).train()
+        adapted = sum(name.endswith("lora_A") for name, _ in model.named_modules())
+        assert adapted >= LAYERS * 7
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+        input_ids, losses = torch.arange(3, 163).view(2, 80), []
+        for _ in range(30):
+            losses.append(model(input_ids=input_ids, labels=input_ids).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert losses[-1] < 0.9 * losses[0]
