@@ -54,13 +54,8 @@ LAYER_TYPES = ("chunked_attention", "linear_attention", "hybrid", "full_attentio
 
 # Fields that follow from others where they are not given.
 DERIVED_FIELDS = (
-    "feature_map",
-    "diag_activation",
-    "attention_norm_type",
-    "layer_types",
-    "intermediate_size",
-    "pooling",
-)
+    "feature_map", "diag_activation", "attention_norm_type", "layer_types", "intermediate_size", "pooling"
+)  # fmt: skip
 
 # One repository serves every head, whichever was saved last.
 HEADS = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
