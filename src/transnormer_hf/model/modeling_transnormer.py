@@ -790,8 +790,8 @@ def room_for_losses(hidden_states, weight, bias, labels, needs):
 def scale_gradients(ctx, grad_total, *_):
     if torch.is_grad_enabled():
         raise RuntimeError("this loss has no second derivative; pass skip_logits=False to have one.")
-    is_needed = (need and grad_total is not None for need in ctx.needs_input_grad)
-    return *(grad * grad_total if next(is_needed) else None for grad in ctx.saved_tensors), None, None
+    pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+    return *(grad * grad_total if is_needed else None for grad, is_needed in pairs), None, None
 
 
 def save_gradients(ctx, inputs, output):
