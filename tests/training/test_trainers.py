@@ -214,6 +214,39 @@ def test_perplexities_do_not_depend_on_how_batches_are_kept(options, tmp_path):
     assert metrics["eval_tokens"] == 1 + 4 + 7 + 10 + 12
 
 
+# ---- Without logits ----
+
+
+@pytest.mark.parametrize("model_class", [TransNormerForCausalLM, TransNormerForMaskedLM])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_pretraining_needs_logits_for_smoothing_only(model_class, smoothing, tmp_path):
+    model = model_class(TransNormerConfig(**SMALL, hidden_dropout_prob=0.0)).eval()
+    shapes = []
+    rows = [{"input_ids": np.arange(5, 17) + n, "labels": np.where(np.arange(12) < 3, 7, IGNORED)} for n in range(4)]
+    batch = collate(rows)
+    expected = smoothed(model(batch["input_ids"]).logits, batch["labels"], smoothing)
+    trainer = PretrainingTrainer(model, arguments(tmp_path, label_smoothing_factor=smoothing), eval_dataset=rows)
+    for count in (12, 48):
+        loss, outputs = trainer.compute_loss(model, dict(batch), True, torch.tensor(count))
+        torch.testing.assert_close(loss, expected * 12 / count)
+        shapes.append(outputs.logits is None)
+    assert shapes == [not smoothing] * 2
+
+
+@pytest.mark.parametrize("is_loss_only", [True, False])
+def test_an_evaluation_of_the_loss_alone_needs_no_logits(is_loss_only, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 50, (4, 12))]
+    model = TransNormerForCausalLM(TransNormerConfig(**SMALL)).eval()
+    trainer = CardTrainer(model, arguments(tmp_path), data_collator=default_data_collator)
+    seen = []
+    model.register_forward_hook(lambda module, args, output: seen.append(output.logits is None))
+    loss, logits, _ = trainer.prediction_step(model, default_data_collator(rows), is_loss_only)
+    assert seen == [is_loss_only]
+    assert (logits is None) == is_loss_only
+    ids = torch.stack([row["input_ids"] for row in rows])
+    torch.testing.assert_close(loss, model(ids, labels=ids).loss)
+
+
 # ---- Predictions that are no numbers ----
 
 

@@ -18,6 +18,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import GenerationMode
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss, fixed_cross_entropy
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -46,6 +47,7 @@ from .reference_transnormer import (
     diag_attention_map,
     hidden_keys,
     norm_attention_map,
+    operator_namespace,
     positioned_metadata,
     prepare_query_key,
     rotation_table,
@@ -169,14 +171,10 @@ class TransNormerAttention(nn.Module):
         self.norm = make_norm(config.attention_norm_type if has_norm else "none", config)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        metadata: AttentionMetadata,
-        state: StateUpdate | None = None,
-        output_attentions: bool = False,
-        query_input: torch.Tensor | None = None,
+        self, hidden_states: torch.Tensor, metadata: AttentionMetadata, state: StateUpdate | None = None,
+        output_attentions: bool = False, query_input: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """hidden_states (batch, seq, hidden_size) to the same, and the map (batch, heads, seq, seq) or None.
 
         state: this attention's part of the cache, or None. query_input: what queries are made of, if not hidden_states.
@@ -364,13 +362,10 @@ class TransNormerHybridAttention(nn.Module):
         self.diag, self.linear = TransNormerDiagAttention(config), TransNormerNormAttention(config)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        metadata: AttentionMetadata,
-        state: tuple[StateUpdate, StateUpdate] | None = None,
-        output_attentions: bool = False,
+        self, hidden_states: torch.Tensor, metadata: AttentionMetadata,
+        state: tuple[StateUpdate, StateUpdate] | None = None, output_attentions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         diag_state, linear_state = (None, None) if state is None else state
         diag, linear = (self.diag, diag_state), (self.linear, linear_state)
         first, second = (linear, diag) if self.combination == "norm_then_diag" else (diag, linear)
@@ -428,12 +423,9 @@ class TransNormerLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        metadata: AttentionMetadata,
-        state: StateUpdate | tuple[StateUpdate, StateUpdate] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+        self, hidden_states: torch.Tensor, metadata: AttentionMetadata,
+        state: StateUpdate | tuple[StateUpdate, StateUpdate] | None = None, **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:  # fmt: skip
         # (batch, seq, hidden_size) throughout
         branch = self.attention_norm(hidden_states) if self.is_pre_norm else hidden_states
         branch, weights = self.self_attn(branch, metadata, state, **kwargs)
@@ -567,17 +559,11 @@ class TransNormerModel(TransNormerPreTrainedModel):
     @capture_outputs
     @auto_docstring
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        cache: Cache | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+        self, input_ids: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None, use_cache: bool | None = None, cache: Cache | None = None,
+        token_type_ids: torch.LongTensor | None = None, **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:  # fmt: skip
         r"""
         past_key_values (`Cache`, *optional*):
             The state of earlier tokens: a `TransNormerCache`, or a `DynamicCache(config=...)`, which becomes one.
@@ -732,6 +718,118 @@ def packed_boundaries(position_ids: torch.Tensor) -> torch.Tensor | None:
     return torch.nn.functional.pad(starts, (0, 1), value=position_ids.numel())
 
 
+# The loss of language models
+#
+# The logits of all tokens would be the largest tensors of a training step. Here they exist for a chunk of tokens at a
+# time, and not at all for tokens without a label. Gradients are computed on the way forward: computing the logits again
+# in the backward pass takes 1.4 times as long.
+
+IGNORED = -100  # the label of tokens without one, as in transformers
+LOGITS_AT_A_TIME = 2**24  # 64 MB in float32; but 64 tokens at least, fewer make slow products
+# No CUDA graph holds the operator, which looks at the number of labels. (torch before 2.9 has no such tag.)
+TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+def skips_logits(model: PreTrainedModel, skip_logits: bool | None, labels: torch.Tensor | None, options: Any) -> bool:
+    """Whether a language model computes the loss without logits: with labels, in training or on request.
+
+    Not where more happens than it knows: a loss of the user's own (`model.loss_function = ...`), another
+    `ignore_index`, a last projection with LoRA, hooks, a sharded or a quantised weight.
+    """
+    linear: Any = model.get_output_embeddings()
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    is_bare = "forward" not in vars(linear) and not any(getattr(linear, f"_{kind}_hooks") for kind in kinds)
+    is_plain = is_bare and type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
+    is_known = model.loss_function in (ForCausalLMLoss, ForMaskedLMLoss) and "ignore_index" not in options
+    is_wanted = model.training if skip_logits is None else skip_logits
+    return labels is not None and is_wanted and is_known and is_plain
+
+
+def token_cross_entropy(
+    linear: nn.Linear, hidden_states: torch.Tensor, labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None, reduction: str = "mean", **_: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Cross-entropy of `linear(hidden_states)` with labels, without all logits in memory; softmax and sums in float32.
+
+    Args:
+        hidden_states: (..., hidden_size).
+        labels: (...), token ids, or -100 for none.
+        num_items_in_batch: what the sum is divided by; None: the number of labels. A 0 counts as 1.
+        reduction: "mean", or "none" for the loss of each token, (...), which has no gradient.
+
+    Raises ValueError for labels of another shape; RuntimeError in backward with create_graph=True.
+    """
+    if labels.shape != hidden_states.shape[:-1]:
+        expected = tuple(hidden_states.shape[:-1])
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; those of these hidden states have {expected}.")
+    device, weight, is_mean = hidden_states.device, linear.weight, reduction == "mean"
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(device.type))
+    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
+    inputs = (hidden_states.flatten(0, -2), weight, bias)
+    needs = [tensor.requires_grad and torch.is_grad_enabled() and is_mean for tensor in inputs]
+    total, losses, *_ = linear_cross_entropy(*inputs, labels.flatten().to(device), needs)
+    if not is_mean:
+        return losses.detach().view(labels.shape)
+    count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / torch.as_tensor(count, device=device).clamp(min=1)
+
+
+@torch.library.custom_op(
+    f"{operator_namespace(__name__)}::linear_cross_entropy", mutates_args=(), **TAGS,
+    schema="(Tensor hidden_states, Tensor weight, Tensor bias, Tensor labels, bool[] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def linear_cross_entropy(hidden_states, weight, bias, labels, needs):
+    """The sum of the losses, the losses (tokens,), and the gradients of the sum, without entries where none is needed.
+
+    hidden_states: (tokens, hidden_size), in the dtype of the products; weight: (vocab_size, hidden_size); bias:
+    (vocab_size,); labels: (tokens,); needs: of the first three, whether it needs a gradient.
+    """
+    _, losses, *grads = room_for_losses(hidden_states, weight, bias, labels, needs)
+    dtype, wide = hidden_states.dtype, losses.dtype
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    for rows in (labels != IGNORED).nonzero().squeeze(1).split(max(64, LOGITS_AT_A_TIME // len(weight))):
+        states, targets = hidden_states[rows], labels[rows, None]  # (chunk, hidden_size), (chunk, 1)
+        scores = nn.functional.linear(states, weight, bias).to(wide).log_softmax(-1)  # (chunk, vocab_size)
+        losses[rows] = -scores.gather(1, targets).squeeze(1)
+        if any(needs):  # the gradient of the logits: the probabilities, less 1 for the label
+            scores.exp_().scatter_add_(1, targets, scores.new_full(targets.shape, -1))
+            narrow = scores.to(dtype)
+        if needs[0]:
+            grads[0][rows] = (narrow @ weight).to(wide)
+        if needs[1] and dtype == wide:
+            grads[1].addmm_(narrow.T, states)
+        elif needs[1]:
+            grads[1].add_(narrow.T @ states)
+        if needs[2]:
+            grads[2].add_(scores.sum(0))
+    return losses.sum(), losses, *grads
+
+
+@linear_cross_entropy.register_fake
+def room_for_losses(hidden_states, weight, bias, labels, needs):
+    """Zeros in the shapes of what `linear_cross_entropy` returns."""
+    shapes = [tensor.shape if need else 0 for tensor, need in zip((hidden_states, weight, bias), needs, strict=True)]
+    dtype = compute_dtype(hidden_states.dtype)
+    return tuple(hidden_states.new_zeros(shape, dtype=dtype) for shape in ((), labels.shape, *shapes))
+
+
+def scale_gradients(ctx, grad_total, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError("this loss has no second derivative; pass skip_logits=False to have one.")
+    pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+    return *(grad * grad_total if is_needed else None for grad, is_needed in pairs), None, None
+
+
+def save_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+linear_cross_entropy.register_autograd(scale_gradients, setup_context=save_gradients)
+
+
 @auto_docstring
 class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -748,34 +846,42 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
     @can_return_tuple
     @auto_docstring
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+        self, input_ids: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None, past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None, labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0, cache: Cache | None = None,
+        skip_logits: bool | None = None, **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:  # fmt: skip
         r"""
         past_key_values (`Cache`, *optional*):
             The state of earlier tokens: a `TransNormerCache`, or a `DynamicCache(config=...)`, which becomes one.
         cache (`Cache`, *optional*):
             The name of `past_key_values` since transformers 5.24; either may be given on any release.
+        skip_logits (`bool`, *optional*):
+            Whether to compute the loss of the labels without logits, which are then None (see `skips_logits`). The
+            default is to do so in training.
         """
         cache = given_cache(past_key_values, cache)
         outputs = self.model(
             input_ids, attention_mask, position_ids, cache, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (batch, kept, vocab_size)
-        loss = None
-        if labels is not None:
+        hidden_states = outputs.last_hidden_state[:, kept, :]  # (batch, kept, hidden_size)
+        loss = logits = None
+        if skips_logits(self, skip_logits, labels, kwargs):
+            shifted = kwargs.get("shift_labels")
+            shifted = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:] if shifted is None else shifted
+            loss = token_cross_entropy(self.lm_head, hidden_states, shifted, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)  # (batch, kept, vocab_size)
+        if logits is not None and labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        elif self.training and kwargs.get("num_items_in_batch") is not None and not torch.compiler.is_compiling():
+        elif (
+            labels is None
+            and self.training
+            and kwargs.get("num_items_in_batch") is not None
+            and not torch.compiler.is_compiling()
+        ):
             logger.warning_once(
                 "The Trainer computes the loss of these logits by itself. If that is for label_smoothing_factor, it is"
                 " wrong: transformers shifts the labels only for the causal models that it knows by name. Use"
@@ -849,10 +955,7 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(
-        config: TransNormerConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
+        config: TransNormerConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
     ) -> torch.Tensor | None:
         """The columns of the new tokens: the state knows the rest, and a compiled step sees one shape and stride."""
         if attention_mask is None:
@@ -869,8 +972,12 @@ class TransNormerLMHead(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.layer_norm(nn.functional.gelu(self.dense(hidden_states))))
+    def forward(self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        """The logits (..., vocab_size) or, with labels (...), the loss, as in `token_cross_entropy`."""
+        hidden_states = self.layer_norm(nn.functional.gelu(self.dense(hidden_states)))
+        if labels is None:
+            return self.decoder(hidden_states)
+        return token_cross_entropy(self.decoder, hidden_states, labels, **options)
 
 
 @auto_docstring
@@ -892,26 +999,28 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
     @can_return_tuple
     @auto_docstring
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
+        self, input_ids: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None, position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None, labels: torch.LongTensor | None = None,
+        skip_logits: bool | None = None, **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:  # fmt: skip
+        r"""
+        skip_logits (`bool`, *optional*):
+            Whether to compute the loss of the labels without logits, which are then None (see `skips_logits`). The
+            default is to do so in training.
+        """
         outputs = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids,
             **kwargs,
         )  # fmt: skip
-        logits = self.lm_head(outputs.last_hidden_state)  # (batch, seq, vocab_size)
-        loss = None
-        if labels is not None:
+        loss = logits = None
+        if skips_logits(self, skip_logits, labels, kwargs):
+            loss = self.lm_head(outputs.last_hidden_state, labels, **kwargs)
+        else:
+            logits = self.lm_head(outputs.last_hidden_state)  # (batch, seq, vocab_size)
+        if logits is not None and labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class TransNormerClassificationHead(nn.Module):
@@ -966,15 +1075,11 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
     @can_return_tuple
     @auto_docstring
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
+        self, input_ids: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None, position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None, labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
+    ) -> SequenceClassifierOutput:  # fmt: skip
         outputs = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids,
             **kwargs | {"use_cache": False},
@@ -988,9 +1093,7 @@ class TransNormerForSequenceClassification(TransNormerPreTrainedModel):
             if num_items is not None and self.config.problem_type != "single_label_classification":
                 # The other two losses of transformers are means over the micro-batch whatever is passed.
                 loss = loss * labels.numel() / num_items
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 @auto_docstring
@@ -1006,15 +1109,11 @@ class TransNormerForTokenClassification(TransNormerPreTrainedModel):
     @can_return_tuple
     @auto_docstring
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        self, input_ids: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None, position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None, labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
+    ) -> TokenClassifierOutput:  # fmt: skip
         outputs = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids,
             **kwargs | {"use_cache": False},
@@ -1023,9 +1122,7 @@ class TransNormerForTokenClassification(TransNormerPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config, **kwargs)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 @auto_docstring
@@ -1039,16 +1136,11 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
     @can_return_tuple
     @auto_docstring
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> QuestionAnsweringModelOutput:
+        self, input_ids: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None, position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None, start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None, **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:  # fmt: skip
         outputs = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, token_type_ids=token_type_ids,
             **kwargs | {"use_cache": False},
@@ -1062,8 +1154,7 @@ class TransNormerForQuestionAnswering(TransNormerPreTrainedModel):
                 # the same weight, however many of a micro-batch have their answer outside of the text.
                 kwargs.setdefault("num_items_in_batch", start_positions.numel())
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
-        kept_outputs = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-        return QuestionAnsweringModelOutput(loss=loss, start_logits=start_logits, end_logits=end_logits, **kept_outputs)
+        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
 
 
 @auto_docstring
@@ -1077,15 +1168,11 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
     @can_return_tuple
     @auto_docstring
     def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        self, input_ids: torch.LongTensor | None = None, attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None, position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None, labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MultipleChoiceModelOutput:
+    ) -> MultipleChoiceModelOutput:  # fmt: skip
         # (batch, choices, seq) is run as (batch * choices, seq)
         num_choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         flat_ids, flat_mask, flat_types, flat_positions, flat_embeds = (
@@ -1100,12 +1187,8 @@ class TransNormerForMultipleChoice(TransNormerPreTrainedModel):
         logits = self.classifier(pooled).view(-1, num_choices)  # (batch, choices)
         loss = None
         if labels is not None:
-            num_items = kwargs.get("num_items_in_batch")
-            loss = nn.functional.cross_entropy(logits, labels, reduction="mean" if num_items is None else "sum")
-            loss = loss if num_items is None else loss / num_items
-        return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+            loss = fixed_cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
+        return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 __all__ = [

@@ -453,6 +453,7 @@ class CardTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.can_skip_logits = "skip_logits" in inspect.signature(self.model.forward).parameters
         plugin: Any = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         has_lrpe = any(isinstance(module, TransNormerLRPE) for module in self.model.modules())
         self.is_autocast_by_us = has_lrpe and plugin is not None and plugin.mixed_precision_policy is not None
@@ -479,6 +480,14 @@ class CardTrainer(Trainer):
         if self.is_autocast_by_us:
             return self.accelerator.autocast()
         return super().autocast_smart_context_manager(cache_enabled)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """As in transformers, without the logits of a language model where only its loss is asked for."""
+        if prediction_loss_only and self.can_skip_logits:
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """A loader of the rows that were given; the Trainer's, with persistent workers, is that of its first call."""

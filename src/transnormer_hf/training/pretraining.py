@@ -373,13 +373,16 @@ def make_packing(
 class PretrainingTrainer(CardTrainer):
     """A Trainer whose labels are aligned with the inputs, and whose evaluation counts tokens and words exactly.
 
-    The loss of training is `aligned_loss`, with `label_smoothing_factor`; perplexities are of the loss without it.
+    The loss of training is `aligned_loss`, with `label_smoothing_factor`; perplexities are of the loss without it. A
+    model that takes `skip_logits` computes both by itself, unless there is smoothing.
     """
 
     warmup_init_lr: float = 0.0
 
     def __init__(self, *args: Any, compute_loss_func: Callable[..., torch.Tensor] | None = None, **kwargs: Any):
         super().__init__(*args, compute_loss_func=compute_loss_func or aligned_loss, **kwargs)
+        if compute_loss_func is None and self.can_skip_logits and not self.args.label_smoothing_factor:
+            self.compute_loss_func, self.model_accepts_loss_kwargs = None, True
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The scheduler that the arguments name, with a warm-up that begins at `warmup_init_lr`.
@@ -399,9 +402,21 @@ class PretrainingTrainer(CardTrainer):
             self.lr_scheduler = change_factors(scheduler, lambda factor: warm_up_from(start, warmup_steps, factor))
         return self.lr_scheduler
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; `shift_labels`, by which labels are counted, is not for the model."""
-        return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "shift_labels"}, *args, **kwargs)
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As in transformers, of labels as they stand.
+
+        `shift_labels`, by which labels are counted, is for a causal model that computes the loss by itself.
+        """
+        inputs = {name: value for name, value in inputs.items() if name != "shift_labels"}
+        if self.compute_loss_func is None:
+            inputs |= {"shift_labels": inputs["labels"], "skip_logits": True}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -409,10 +424,16 @@ class PretrainingTrainer(CardTrainer):
         """The mean loss, and for each column its negative log-likelihood and its label: (batch, seq)."""
         inputs = self._prepare_inputs({k: v for k, v in inputs.items() if k != "shift_labels"})
         labels = inputs.pop("labels")
+        if self.can_skip_logits:
+            inputs |= {"labels": labels, "shift_labels": labels, "skip_logits": True, "reduction": "none"}
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits.float()  # (batch, seq, vocab_size)
-        nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        return nll.sum() / (labels != IGNORED).sum(), nll.view_as(labels), labels
+            outputs = model(**inputs)
+        if outputs.logits is None:
+            nll = outputs.loss
+        else:
+            logits = outputs.logits.float().flatten(0, 1)  # (batch * seq, vocab_size)
+            nll = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none").view_as(labels)
+        return nll.sum() / (labels != IGNORED).sum(), nll, labels
 
     def evaluation_loop(
         self,
