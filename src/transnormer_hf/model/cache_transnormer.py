@@ -334,10 +334,7 @@ class NormAttentionState(AttentionState):
     def write(self, key, value, tokens):
         state = self.tensors["state"]
         key, value = (zero_padding(new.to(state.dtype), tokens.metadata) for new in (key, value))
-        if key.shape[2] == 1:
-            state.addcmul_(key.transpose(-1, -2), value)
-        else:
-            state.add_(key.transpose(-1, -2) @ value)
+        state.view(-1, *state.shape[2:]).baddbmm_(key.flatten(0, 1).mT, value.flatten(0, 1))
 
     def attend(self, query: torch.Tensor) -> torch.Tensor:
         """NormAttention of a query whose own token is in the state: (batch, heads, 1, head_dim) to the same."""

@@ -71,16 +71,16 @@ class TransNormerRMSNorm(nn.Module):
 
     def __init__(self, norm_type: str, config: TransNormerConfig):
         super().__init__()
-        self.norm_type, self.config = norm_type, config
+        self.norm_type, self.eps, self.config = norm_type, config.rms_norm_eps, config
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.norm_type == "simple_rms":
-            return simple_rms_norm(hidden_states, self.config.rms_norm_eps, self.config.backend)
+            return simple_rms_norm(hidden_states, self.eps, self.config.backend)
         wide = hidden_states.to(compute_dtype(hidden_states.dtype))  # in float16 an eps of 1e-8 would be zero
-        return nn.functional.rms_norm(wide, wide.shape[-1:], eps=self.config.rms_norm_eps).to(hidden_states.dtype)
+        return nn.functional.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.norm_type}, eps={self.config.rms_norm_eps}"
+        return f"{self.norm_type}, eps={self.eps}"
 
 
 class TransNormerBatchNorm(nn.BatchNorm1d):
@@ -194,10 +194,8 @@ class TransNormerAttention(nn.Module):
             weights = output_map = self.attention_map(query, key, metadata, lrpe)
         elif output_attentions:
             output_map = self.map_with_past(query, key, metadata, lrpe, state)
-        if state is not None and state.tokens.is_step:
-            output = self.step(query, key, value, metadata, lrpe, state)  # (batch, heads, 1, head_dim)
-        else:
-            output = self.attend(query, key, value, metadata, lrpe, state)  # (batch, heads, seq, head_dim)
+        attend = self.step if state is not None and state.tokens.is_step else self.attend
+        output = attend(query, key, value, metadata, lrpe, state)  # (batch, heads, seq, head_dim)
         if weights is not None:  # the output goes by way of the map, so that gradients reach the map
             output = (weights @ zero_padding(value.to(weights.dtype), metadata)).to(value.dtype)
         output = self.norm(output.transpose(1, 2).reshape(shape)).to(hidden_states.dtype)
@@ -427,12 +425,12 @@ class TransNormerLayer(GradientCheckpointingLayer):
         # (batch, seq, hidden_size) throughout
         branch = self.attention_norm(hidden_states) if self.is_pre_norm else hidden_states
         branch, _ = self.self_attn(branch, metadata, state, **kwargs)
-        hidden_states = hidden_states + self.dropout(branch)
+        hidden_states = hidden_states + (self.dropout(branch) if self.training else branch)
         if not self.is_pre_norm:
             hidden_states = self.attention_norm(hidden_states)
 
-        branch = self.feed_forward_norm(hidden_states) if self.is_pre_norm else hidden_states
-        hidden_states = hidden_states + self.dropout(self.feed_forward(branch))
+        branch = self.feed_forward(self.feed_forward_norm(hidden_states) if self.is_pre_norm else hidden_states)
+        hidden_states = hidden_states + (self.dropout(branch) if self.training else branch)
         return hidden_states if self.is_pre_norm else self.feed_forward_norm(hidden_states)
 
 
@@ -620,7 +618,8 @@ class TransNormerModel(TransNormerPreTrainedModel):
                 )
             attention_mask = attention_mask[:, -seq_len:]
             has_both = (position_ids is not None and seq_len > 1) or cu_seqlens is not None
-            if has_both and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+            is_seen = has_both or attention_mask.device.type == "cpu"  # elsewhere the host would wait for the device
+            if is_seen and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and bool(attention_mask.all()):
                 attention_mask = None  # without zeros it says nothing, and packing is found
         if position_ids is not None:
             position_ids = position_ids.expand(batch_size, seq_len)
