@@ -16,8 +16,8 @@ forward and backward; causality as claimed; decoding against the full forward), 
 results once. Models take turns run by run (A B C A B C ...), so that a slow minute of the machine hits all of them.
 Runs of many seconds get no warm-up and fewer repeats, as --max_seconds_per_cell allows.
 
-Beside the time stands what it is a multiple of: the FLOPs of the model's own matrix products, recomputation included, at
-the rate of a product of 1024 x 1024 matrices that is timed in the same turn.
+Beside the time stands what it is a multiple of: the FLOPs of the model's own matrix products, recomputation included,
+at the rate of a product of 1024 x 1024 matrices that is timed in the same turn.
 
 Peak memory is that of one run above what was held before: without the weights, but in training with their gradients.
 On a GPU it is torch's count of allocated bytes. On the CPU it is resident memory: each model and length gets a process
