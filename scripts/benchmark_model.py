@@ -5,6 +5,7 @@
     python scripts/benchmark_model.py --lengths 512,1024,2048,4096,8192,16384,32768 --max_seconds_per_cell 600 \\
         --max_minutes 300                               # everything that runs
     python scripts/benchmark_model.py --table7          # the form of the paper's Table 7
+    python scripts/benchmark_model.py --compile         # each model a second time, by torch.compile
 
 All models have 6 layers, width 512, 8 heads, random weights and no dropout. A training step is forward, cross-entropy
 over every token, and backward; no optimizer. Inference is a forward that returns the logits of every token. Decoding is
@@ -14,6 +15,9 @@ Only correct models are timed: each is first checked on a short input (TransNorm
 forward and backward; causality as claimed; decoding against the full forward), and every length must give finite
 results once. Models take turns run by run (A B C A B C ...), so that a slow minute of the machine hits all of them.
 Runs of many seconds get no warm-up and fewer repeats, as --max_seconds_per_cell allows.
+
+Beside the time stands what it is a multiple of: the FLOPs of the model's own matrix products, recomputation included,
+at the rate of a product of 1024 x 1024 matrices that is timed in the same turn.
 
 Peak memory is that of one run above what was held before: without the weights, but in training with their gradients.
 On a GPU it is torch's count of allocated bytes. On the CPU it is resident memory: each model and length gets a process
@@ -35,13 +39,14 @@ import transformers
 from transformers import PreTrainedModel
 
 from benchmarking.checks import check
-from benchmarking.contenders import CONTENDERS, EVERYTHING, TABLE7, Size
+from benchmarking.contenders import COMPILED, CONTENDERS, EVERYTHING, TABLE7, Size
 from benchmarking.reports import describe, heading, plot, print_rows, tables
 from benchmarking.runs import (
     TASKS,
     Cell,
     Setting,
     build,
+    gemm_seconds,
     make_batch,
     prefill,
     probe,
@@ -142,6 +147,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--table7", action="store_true", help="steps per second at 1K to 5K, in place of all else")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/bench"))
     parser.add_argument("--resume", action="store_true", help="keep the lengths that the report in output_dir has")
+    parser.add_argument("--compile", action="store_true", help="each model also as torch.compile(dynamic=True) has it")
     parser.add_argument("--quick", action="store_true", help="tiny models and lengths: to see that it runs")
     options = parser.parse_args(argv)
     known = TABLE7 if options.table7 else CONTENDERS
@@ -149,6 +155,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in options.models:
         if name not in known:
             parser.error(f"--models {name}: no such model; choose from {', '.join(known)}.")
+    if options.compile:
+        options.models = [each for name in options.models for each in (name, name + COMPILED)]
     defaults = {"lengths": TABLE7_LENGTHS if options.table7 else LENGTHS, "contexts": CONTEXTS}
     for argument, default in defaults.items():
         text = getattr(options, argument)
@@ -231,7 +239,9 @@ def time_length(
                     ready[name] = build(EVERYTHING[name], setting, length), batch
 
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key, row in rows.items() if "skipped" not in row}
+    of_products: dict[tuple[str, str], list[float]] = {key: [] for key in seconds}
     for turn in range(1 + options.repeats):
+        product = gemm_seconds(setting)
         for name, task in seconds:
             if turn not in turns[name, task]:
                 continue
@@ -240,7 +250,9 @@ def time_length(
                 raise SystemExit(f"{name}: {task} at length {length} is finite in one run and not in the next.")
             if turn:
                 seconds[name, task].append(taken)
+                of_products[name, task].append(product)
     for key, taken_each in seconds.items():
+        rows[key]["gemm_seconds"] = of_products[key]
         rows[key] |= summarize(taken_each, tokens=rows[key]["length"] * rows[key]["batch_size"])
     return list(rows.values())
 

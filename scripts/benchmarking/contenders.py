@@ -15,6 +15,8 @@ from transnormer_hf.research.baselines.flash_quad import GatedAttentionUnit
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 
+COMPILED = " compiled"  # behind the name of a model: the same one, compiled once for all lengths
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -112,6 +114,9 @@ def build_peer(size: Size, length: int, model_type: str, causal: bool) -> PreTra
         fields |= {"layer_types": ["linear_attention"] * layers, "num_local_experts": 1, "num_experts_per_tok": 1}
     elif model_type == "nystromformer":
         fields |= {"segment_means_seq_len": length}  # left at its default it is the number of landmarks: full attention
+    elif model_type == "modernbert":
+        fields |= {"intermediate_size": gated}
+        dropout_fields = ["attention_dropout", "embedding_dropout", "mlp_dropout"]
     elif model_type == "longformer":
         fields |= {"attention_window": min(512, length), "max_position_embeddings": length + 2}
     elif model_type == "reformer":
@@ -149,6 +154,12 @@ def identity_on_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     return IdentityOnValue.apply(query, key, value)
 
 
+def build_compiled(size: Size, length: int, build: Callable[[Size, int], PreTrainedModel]) -> PreTrainedModel:
+    model = build(size, length)
+    model.compile(dynamic=True)
+    return model
+
+
 def transnormer(variant: str, causal: bool) -> Contender:
     build = functools.partial(build_transnormer, variant=variant, causal=causal)
     return Contender(build, causal, use_definition, "constant" if causal else None)
@@ -180,6 +191,7 @@ CONTENDERS = {
     "minimax": peer("minimax", causal=True, cache="constant", prefills_in_chunks=False),
     "transnormer-t2-bidirectional": transnormer("t2", causal=False),
     "bert": peer("bert"),
+    "modernbert": peer("modernbert"),
     "transnormer-t1": transnormer("t1", causal=True),
     "transnormer-t1-bidirectional": transnormer("t1", causal=False),
     "nystromformer": peer("nystromformer"),
@@ -209,3 +221,7 @@ TABLE7 = {
     "lsh": in_one_backbone("reformer"),
 }
 EVERYTHING = CONTENDERS | TABLE7
+EVERYTHING |= {
+    name + COMPILED: contender._replace(build=functools.partial(build_compiled, build=contender.build), cache=None)
+    for name, contender in CONTENDERS.items()
+}

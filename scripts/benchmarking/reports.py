@@ -11,7 +11,7 @@ import torch
 
 from transnormer_hf.training.files import replacing
 
-from .contenders import CONTENDERS, EVERYTHING, FLOOR
+from .contenders import COMPILED, CONTENDERS, EVERYTHING, FLOOR
 from .runs import TASKS
 
 
@@ -60,6 +60,12 @@ def tables(report: dict[str, Any], is_table7: bool) -> str:
                 rows,
                 task,
                 functools.partial(relative_to_t2, rows),
+            )
+            parts += table(
+                f"{title}, time over that of its own products at the rate of 1024 x 1024 matrices",
+                rows,
+                task,
+                functools.partial(over_own_products, rows),
             )
             parts += table(f"{title}, peak memory in MB", rows, task, lambda row: f"{row['peak_bytes'] / 1e6:,.0f}")
         shares = [
@@ -118,6 +124,17 @@ def relative_to_t2(rows: list[dict[str, Any]], row: dict[str, Any]) -> str | Non
     return None if ratio is None else f"{ratio:.2f}"
 
 
+def over_own_products(rows: list[dict[str, Any]], row: dict[str, Any]) -> str | None:
+    """The median over turns; a compiled model has the products of the eager one."""
+    name = row["model"].removesuffix(COMPILED)
+    key = (name, row["task"], row["length"])
+    flops = next((r["flops"] for r in rows if (r["model"], r["task"], r["length"]) == key and "flops" in r), None)
+    if not flops or "gemm_seconds" not in row:
+        return None
+    turns = zip(row["seconds"], row["gemm_seconds"], strict=True)
+    return f"{statistics.median(taken / gemm for taken, gemm in turns) * 2 * 1024**3 / flops:.2f}"
+
+
 def attention_share(rows: list[dict[str, Any]], row: dict[str, Any]) -> float | None:
     """The share of a step that goes when the identity on the values takes the place of attention."""
     ratio = paired(rows, row, FLOOR)
@@ -158,20 +175,21 @@ def plot(report: dict[str, Any], folder: Path) -> None:
         axes = figure.add_subplot()
         for model in dict.fromkeys(row["model"] for row in rows):
             mine = [row for row in rows if row["model"] == model]
+            color = colors[model.removesuffix(COMPILED)]
             style: dict[str, Any] = (
                 {"linewidth": 2.5} if "transnormer" in model else {"linewidth": 1.2, "linestyle": "--"}
             )
             lengths = [row["length"] for row in mine]
             axes.plot(
                 lengths, [row[quantity] for row in mine], marker="o", markersize=4, label=model,
-                color=colors[model], **style,
+                color=color, **style,
             )  # fmt: skip
             if quantity != "peak_bytes":
                 low, high = (
                     [row[quantity] / row["median_seconds"] * row["quartile_seconds"][end] for row in mine]
                     for end in (0, 1)
                 )
-                axes.fill_between(lengths, low, high, alpha=0.15, color=colors[model], linewidth=0)
+                axes.fill_between(lengths, low, high, alpha=0.15, color=color, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         ticks = sorted({row["length"] for row in rows})

@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
-from .contenders import EVERYTHING, Contender, Size
+from transnormer_hf.model.ops_transnormer import CHUNK_SIZE, LONGEST_CHUNK
+
+from .contenders import COMPILED, EVERYTHING, Contender, Size
 
 TASKS = ("inference", "training")  # in this order: the peak of training hides none of inference
 START_UP_SECONDS = 120  # of a process, imports included, on a busy machine
@@ -85,6 +89,72 @@ def run_once(task: str, model: PreTrainedModel, batch: dict[str, torch.Tensor]) 
     return seconds, is_finite
 
 
+class ProductCounter(TorchDispatchMode):
+    """Counts the FLOPs of matrix products, those of this package's operators by their formulas.
+
+    A causal softmax attention counts half: it has no other products to do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if func.namespace != "aten":
+            self.flops += attention_flops(name, *args)
+            return result
+        count = flop_registry.get(getattr(torch.ops.aten, PRODUCTS.get(name, name.rstrip("_")), None))
+        if count is not None:
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+            plain = {key: value for key, value in kwargs.items() if key not in ("out", "beta", "alpha")}
+            self.flops += count(*args, **plain, out_val=result) * (0.5 if given.get("is_causal") else 1)
+        return result
+
+
+def attention_flops(name: str, query: torch.Tensor, *others: Any) -> float:
+    """Of the operators of `ops_transnormer.py`, recomputation in the backward pass included.
+
+    query: (batch, heads, seq, head_dim). Where a forward pass has a product of scores (chunk x chunk for each chunk),
+    there are 2 of them, and 5 in the backward pass; 2 and 5 with states (head_dim x head_dim) as well if causal, 2 and
+    4 if not.
+    """
+    _, _, seq_len, head_dim = query.shape
+    is_forward = name.endswith("forward")
+    if name.startswith("diag"):
+        wide = min(others[8], seq_len) * (2 if is_forward else 5)
+    elif name.startswith("norm") and others[7]:
+        is_chunked = seq_len > LONGEST_CHUNK
+        wide = ((CHUNK_SIZE + head_dim) if is_chunked else seq_len) * (2 if is_forward else 5)
+    elif name.startswith("norm"):
+        wide = head_dim * (2 if is_forward else 4)
+    else:
+        raise NotImplementedError(f"The FLOPs of {name} are not known; leave out the model that has it.")
+    return 2.0 * query.numel() * wide
+
+
+# Operators of the CPU whose FLOPs torch knows under another name.
+PRODUCTS = {
+    "_scaled_dot_product_flash_attention_for_cpu": "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "_scaled_dot_product_flash_attention_backward",
+}
+
+
+def gemm_seconds(setting: Setting) -> float:
+    """Seconds of one product of 1024 x 1024 matrices: the shortest of three."""
+    left, right = torch.randn(2, 1024, 1024, device=setting.device, dtype=setting.dtype)
+    taken = []
+    for _ in range(3):
+        synchronize(left.device)
+        begin = time.perf_counter()
+        left @ right
+        synchronize(left.device)
+        taken.append(time.perf_counter() - begin)
+    return min(taken)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -118,6 +188,10 @@ def probe(cell: Cell, setting: Setting) -> Iterator[tuple[str, dict[str, Any]]]:
             before = start_of_peak(device)
             seconds, is_finite = run_once(task, model, batch)
             found = {"seconds": seconds, "peak_bytes": max(0, peak_bytes(device) - before)}
+            if not cell.name.endswith(COMPILED):  # a compiled graph shows its products to nobody
+                with ProductCounter() as counter:
+                    run_once(task, model, batch)
+                found["flops"] = counter.flops
             yield task, found if is_finite else {"skipped": "its result is not finite"}
         except torch.OutOfMemoryError:
             yield task, {"skipped": "out of memory"}

@@ -64,6 +64,41 @@ def test_state_is_of_constant_size_and_a_key_value_cache_is_not(tmp_path):
     assert state_bytes["llama", 256] == 4 * state_bytes["llama", 64]
 
 
+def test_products_are_counted_in_every_model():
+    """Per token two FLOPs for each weight, six in training, and what attention does."""
+    size = contenders.Size(64, 2, 2, 128)
+    flops = {}
+    for name in (contenders.FLOOR, "transnormer-t2", "llama"):
+        model, batch = runs.build(contenders.EVERYTHING[name], SETTING, 256), runs.make_batch(SETTING, 256, 1)
+        matrices = [
+            weight.numel() for key, weight in model.named_parameters() if weight.dim() == 2 and "embed" not in key
+        ]
+        for task in runs.TASKS:
+            with runs.ProductCounter() as counter:
+                runs.run_once(task, model, batch)
+            tied = 0 if name == "llama" else size.vocab_size * size.hidden_size
+            flops[name, task] = counter.flops - {"inference": 2, "training": 6}[task] * 256 * (sum(matrices) + tied)
+    assert flops[contenders.FLOOR, "inference"] == flops[contenders.FLOOR, "training"] == 0
+    # one layer of blocks of 64 and one of chunks of 64 with states of 32 x 32: two products of each, then five more
+    assert flops["transnormer-t2", "inference"] == 2 * 256 * 64 * (64 + 64 + 32) * 2
+    assert flops["transnormer-t2", "training"] == 2 * 256 * 64 * (64 + 64 + 32) * 7
+    assert flops["llama", "inference"] == pytest.approx(2 * 2 * 256**2 * 64 * 2 / 2, rel=0.01)  # half of the map, twice
+
+
+def test_compiled_models_stand_beside_the_eager_ones(tmp_path, monkeypatch):
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **options: real(model, backend="eager", **options))
+    arguments = ["--quick", "--compile", "--models", "transnormer-t2", "--lengths", "96,128", "--contexts", "16"]
+    report = benchmark_model.main([*arguments, "--output_dir", str(tmp_path)])
+    names = {row["model"] for row in report["results"] if row["task"] == "training"}
+    assert names == {"transnormer-t2", "transnormer-t2 compiled"}
+    assert not any("skipped" in row for row in report["results"])
+    products = (
+        (tmp_path / "benchmark_model.md").read_text().partition("Training, time over that of its own products")[2]
+    )
+    assert products.count("| transnormer-t2 compiled | ") >= 1
+
+
 def test_table7_gives_steps_per_second(tmp_path):
     report = benchmark_model.main(["--quick", "--table7", "--lengths", "128", "--output_dir", str(tmp_path)])
     assert {row["model"] for row in report["results"]} == set(contenders.TABLE7)

@@ -194,10 +194,8 @@ class TransNormerAttention(nn.Module):
             weights = output_map = self.attention_map(query, key, metadata, lrpe)
         elif output_attentions:
             output_map = self.map_with_past(query, key, metadata, lrpe, state)
-        if state is not None and state.tokens.is_step:
-            output = self.step(query, key, value, metadata, lrpe, state)  # (batch, heads, 1, head_dim)
-        else:
-            output = self.attend(query, key, value, metadata, lrpe, state)  # (batch, heads, seq, head_dim)
+        attend = self.step if state is not None and state.tokens.is_step else self.attend
+        output = attend(query, key, value, metadata, lrpe, state)  # (batch, heads, seq, head_dim)
         if weights is not None:  # the output goes by way of the map, so that gradients reach the map
             output = (weights @ zero_padding(value.to(weights.dtype), metadata)).to(value.dtype)
         output = self.norm(output.transpose(1, 2).reshape(shape)).to(hidden_states.dtype)
@@ -634,7 +632,8 @@ class TransNormerModel(TransNormerPreTrainedModel):
                 )
             attention_mask = attention_mask[:, -seq_len:]
             has_both = (position_ids is not None and seq_len > 1) or cu_seqlens is not None
-            if has_both and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+            is_seen = has_both or attention_mask.device.type == "cpu"  # elsewhere the host would wait for the device
+            if is_seen and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and bool(attention_mask.all()):
                 attention_mask = None  # without zeros it says nothing, and packing is found
         if position_ids is not None:
             position_ids = position_ids.expand(batch_size, seq_len)
