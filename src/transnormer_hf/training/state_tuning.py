@@ -32,6 +32,17 @@ class StateTunedNormAttention(TransNormerNormAttention):
 
     initial_state: nn.Parameter
 
+    @classmethod
+    def of(cls, layer: TransNormerNormAttention) -> "StateTunedNormAttention":
+        """A layer with the projections of another, the same modules, and a state of zeros."""
+        with torch.device("meta"):
+            tuned = cls(layer.config)
+        for name, module in layer.named_children():
+            setattr(tuned, name, module)
+        shape = (layer.num_heads, layer.head_dim, layer.head_dim)
+        tuned.initial_state = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=layer.q_proj.weight.device))
+        return tuned.train(layer.training)
+
     def attend(self, query, key, value, metadata, lrpe, state):
         output = super().attend(query, key, value, metadata, lrpe, state)
         return output + self.from_initial_state(query, metadata, lrpe).to(output.dtype)
@@ -62,16 +73,15 @@ def add_states(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         ValueError: the model has no NormAttention, or its states already.
     """
-    layers = [module for module in model.modules() if isinstance(module, TransNormerNormAttention)]
+    modules = model.named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, TransNormerNormAttention)}
     if not layers:
         raise ValueError("the model has no NormAttention; layer_types needs a 'linear_attention' or 'hybrid' layer.")
-    if any(isinstance(layer, StateTunedNormAttention) for layer in layers):
+    if states_of(model):
         raise ValueError("the model has initial states already; train these, or load others by load_states.")
     model.requires_grad_(False)
-    for layer in layers:
-        shape = (layer.num_heads, layer.head_dim, layer.head_dim)
-        layer.__class__ = StateTunedNormAttention
-        layer.initial_state = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=layer.q_proj.weight.device))
+    for name, layer in layers.items():
+        model.set_submodule(name, StateTunedNormAttention.of(layer))
     return list(states_of(model).values())
 
 
