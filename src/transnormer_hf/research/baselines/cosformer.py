@@ -6,24 +6,23 @@ as wide: cos(a - b) = cos a cos b + sin a sin b.
 
 import torch
 
-from ...model.configuration_transnormer import ANY_LENGTH
 from .mixer import FeatureMixer, register_mixer
 
 
 @register_mixer("cosformer")
 class CosformerMixer(FeatureMixer):
     """M is the length of the sequence. A causal token cannot know it: there M is `max_position_embeddings`, and longer
-    inputs raise ValueError, as does a configuration that says any length."""
+    inputs raise ValueError."""
 
     def features(self, query, key, metadata, causal):
         seq_len = query.shape[2]
         positions = metadata.positions  # (seq,) or (batch, seq)
         if causal:
-            length = self.config.max_position_embeddings or ANY_LENGTH
-            if seq_len > length or length == ANY_LENGTH:
+            length = self.config.max_position_embeddings
+            if seq_len > length:
                 raise ValueError(
                     f"the input has {seq_len} tokens and max_position_embeddings={length}, within which causal "
-                    "cosFormer weighs distances; set max_position_embeddings to the longest input, or truncate it."
+                    "cosFormer weighs distances; raise max_position_embeddings or truncate the input."
                 )
             lengths = torch.full((1,), length, device=query.device)
         elif metadata.is_real is None:

@@ -22,7 +22,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from ...model.configuration_transnormer import DERIVED_FIELDS, LAYER_TYPES, TransNormerConfig
+from ...model.configuration_transnormer import ANY_LENGTH, DERIVED_FIELDS, LAYER_TYPES, TransNormerConfig
 from ...model.modeling_transnormer import (
     TransNormerForCausalLM,
     TransNormerForMaskedLM,
@@ -59,6 +59,8 @@ class BaselineConfig(TransNormerConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
             self.layer_types = [self.mixer] * self.num_hidden_layers
+        if self.max_position_embeddings in (None, ANY_LENGTH):  # mixers compute with it, whatever the positions
+            self.max_position_embeddings = 512
         super().__post_init__(**kwargs)
 
     def validate_layer_type(self) -> None:
