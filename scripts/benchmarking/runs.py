@@ -104,7 +104,7 @@ class ProductCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if func.namespace != "aten":
-            self.flops += attention_flops(name, *args)
+            self.flops += loss_flops(*args) if name == "linear_cross_entropy" else attention_flops(name, *args)
             return result
         count = flop_registry.get(getattr(torch.ops.aten, PRODUCTS.get(name, name.rstrip("_")), None))
         if count is not None:
@@ -133,6 +133,13 @@ def attention_flops(name: str, query: torch.Tensor, *others: Any) -> float:
     else:
         raise NotImplementedError(f"The FLOPs of {name} are not known; leave out the model that has it.")
     return 2.0 * query.numel() * wide
+
+
+def loss_flops(
+    hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, needs: list[bool]
+) -> float:
+    """Of `linear_cross_entropy`: logits of the tokens with a label, and the gradients that are needed."""
+    return 2.0 * int((labels >= 0).sum()) * weight.numel() * (1 + sum(needs[:2]))
 
 
 # Operators of the CPU whose FLOPs torch knows under another name.

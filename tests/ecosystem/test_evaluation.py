@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from transnormer_hf import TransNormerForCausalLM
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval.api")  # a folder of tasks here has the name of the package
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 

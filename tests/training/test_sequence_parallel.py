@@ -144,7 +144,7 @@ def loss_and_gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -
     model.zero_grad()
     targets = batch["labels"] if "shift_labels" not in batch else batch["shift_labels"]
     batch = batch | {"num_items_in_batch": torch.tensor(1.0)} if "shift_labels" in batch else batch
-    outputs = model(**batch)
+    outputs = model(**batch, skip_logits=False)
     logits = outputs.logits.flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
     if "shift_labels" in batch:

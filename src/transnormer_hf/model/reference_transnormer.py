@@ -61,7 +61,8 @@ def apply_lrpe(hidden_states: torch.Tensor, positions: torch.Tensor, lrpe: LRPE)
     cos, sin = rotation_table(positions, theta)  # (seq, head_dim / 2) or (batch, seq, head_dim / 2)
     if positions.dim() == 2:
         cos, sin = cos[:, None], sin[:, None]  # (batch, 1, seq, head_dim / 2)
-    if hidden_states.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    is_plain = hidden_states.device.type == "cpu" and hidden_states.stride(-1) == 1
+    if is_plain and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         # As complex numbers, in a tenth of the time on a CPU; compilers and exporters do not know them.
         pairs = torch.view_as_complex(hidden_states.unflatten(-1, (-1, 2)))  # (batch, heads, seq, head_dim / 2)
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
