@@ -35,7 +35,7 @@ class Rows:
     def split(self, states: torch.Tensor) -> torch.Tensor:
         """(batch, seq, channels) to (rows, length, channels)."""
         if self.packed is not None:
-            rows = states.new_zeros(*self.metadata.is_real.shape, states.shape[-1])  # type: ignore[union-attr]
+            rows = states.new_zeros(*self.metadata.is_real.shape, states.shape[-1])
             return rows.index_put(self.packed, states.flatten(0, 1))
         return states if self.columns is None else states.take_along_dim(self.columns[..., None], 1)
 
