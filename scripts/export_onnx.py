@@ -7,7 +7,7 @@
 --model is a folder or a repository; its head is the one that was saved, unless --task names another. Inputs are
 input_ids and attention_mask, with padding on either side, and token_type_ids if the model has them. A causal model is
 written without its state: its logits of a whole text. --time compares the seconds of a forward with PyTorch and with a
-BERT of the same size in onnxruntime. Needs onnxscript and onnxruntime (the extra `onnx`).
+BERT of the same size in onnxruntime. Needs onnxscript and onnxruntime.
 """
 
 import argparse
