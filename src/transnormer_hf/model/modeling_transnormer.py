@@ -471,8 +471,10 @@ class TransNormerPositions(nn.Module):
             return hidden_states + self.embedding(positions + FIRST_POSITION)
         positions = positions + FIRST_POSITION
         half = self.hidden_size // 2
-        steps = torch.arange(half, device=hidden_states.device, dtype=torch.float32)
-        cos, sin = rotation_table(positions, 10000 ** (-steps / (half - 1)))
+        # powers in float64: the last digit of a float32, which libraries round differently, counts times the position
+        wide = torch.float32 if hidden_states.device.type == "mps" else torch.float64
+        steps = torch.arange(half, device=hidden_states.device, dtype=wide)
+        cos, sin = rotation_table(positions, (10000 ** (-steps / (half - 1))).float())
         return hidden_states + torch.cat((sin, cos), -1).to(hidden_states.dtype)
 
 
