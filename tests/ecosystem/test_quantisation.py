@@ -4,33 +4,17 @@ import copy
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from test_quantised import make_pair, relative_error
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from transnormer_hf import TransNormerConfig, TransNormerForCausalLM, TransNormerForMaskedLM
+from transnormer_hf import TransNormerForCausalLM, TransNormerForMaskedLM
 
-SIZES = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-SIZES |= {"intermediate_size": 256}
 LAYERS = 4
 
 pytestmark = [
     pytest.mark.ecosystem,
     pytest.mark.parametrize(("is_causal", "variant"), [(True, "t1"), (True, "t2"), (False, "t1"), (False, "t2")]),
 ]
-
-
-def make_pair(is_causal, variant):
-    torch.manual_seed(0)
-    config = TransNormerConfig(**SIZES, variant=variant)
-    if is_causal:
-        return TransNormerForCausalLM(config), LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
-    return TransNormerForMaskedLM(config), BertForMaskedLM(BertConfig(**SIZES))
-
-
-@torch.no_grad()
-def relative_error(quantised, model):
-    input_ids = torch.arange(3, 163).view(2, 80)
-    expected = model.eval()(input_ids).logits
-    return float((quantised.eval()(input_ids).logits - expected).norm() / expected.norm())
 
 
 def left_in_float(model, kind):
@@ -58,7 +42,7 @@ class TestTorchao:
     def test_quantises_every_projection(self, is_causal, variant, config, kind):
         torchao = pytest.importorskip("torchao.quantization")
         errors = []
-        for model in make_pair(is_causal, variant):
+        for model in make_pair(is_causal, variant, width=128):
             head = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
             quantised = copy.deepcopy(model)
             # The tied head stays: torchao's float8 makes NaN of the zero row of the padding token, in BERT as well.
@@ -82,7 +66,7 @@ class TestBitsAndBytes:
     @pytest.mark.parametrize(("bits", "kind"), [(8, "Int8Params"), (4, "Params4bit")])
     def test_quantises_every_projection_but_the_tied_head(self, is_causal, variant, tmp_path, bits, kind):
         errors = []
-        for model in make_pair(is_causal, variant):
+        for model in make_pair(is_causal, variant, width=128):
             quantised = self.load(model, tmp_path / type(model).__name__, bits)
             kinds = [type(getattr(module, "weight", None)).__name__ for module in quantised.modules()]
             assert kinds.count(kind) >= LAYERS * projections_per_layer(model)
@@ -97,7 +81,9 @@ class TestBitsAndBytes:
     @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
     def test_adapters_learn_on_four_bits(self, is_causal, variant, tmp_path):
         peft = pytest.importorskip("peft")
-        model = peft.prepare_model_for_kbit_training(self.load(make_pair(is_causal, variant)[0], tmp_path, 4))
+        model = peft.prepare_model_for_kbit_training(
+            self.load(make_pair(is_causal, variant, width=128)[0], tmp_path, 4)
+        )
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear")).train()
         adapted = sum(name.endswith("lora_A") for name, _ in model.named_modules())
         assert adapted >= LAYERS * 7

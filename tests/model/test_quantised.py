@@ -6,17 +6,16 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from transnormer_hf import TransNormerConfig, TransNormerForCausalLM, TransNormerForMaskedLM
 
-SIZES = {"vocab_size": 200, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-SIZES |= {"intermediate_size": 128}
 
-
-def make_pair(is_causal, variant):
+def make_pair(is_causal, variant, width=64):
     """A TransNormer and a stock model of the same sizes, both with tied embeddings."""
     torch.manual_seed(0)
-    config = TransNormerConfig(**SIZES, variant=variant)
+    sizes = {"vocab_size": 256, "hidden_size": width, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 2 * width}
+    config = TransNormerConfig(**sizes, variant=variant)
     if is_causal:
-        return TransNormerForCausalLM(config), LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
-    return TransNormerForMaskedLM(config), BertForMaskedLM(BertConfig(**SIZES))
+        return TransNormerForCausalLM(config), LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    return TransNormerForMaskedLM(config), BertForMaskedLM(BertConfig(**sizes))
 
 
 @torch.no_grad()

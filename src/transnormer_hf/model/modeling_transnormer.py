@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive
 from .configuration_transnormer import CACHE_NAME, TransNormerConfig
-from .ops_transnormer import diag_attention, is_exporting, norm_attention, simple_rms_norm, with_segments
+from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm, with_segments
 from .reference_transnormer import (
     LRPE,
     AttentionMetadata,
@@ -46,6 +46,7 @@ from .reference_transnormer import (
     compute_dtype,
     diag_attention_map,
     hidden_keys,
+    is_exporting,
     norm_attention_map,
     operator_namespace,
     positioned_metadata,
@@ -79,9 +80,10 @@ class TransNormerRMSNorm(nn.Module):
         if self.norm_type == "simple_rms":
             return simple_rms_norm(hidden_states, self.config.rms_norm_eps, self.config.attention_backend)
         wide = hidden_states.to(compute_dtype(hidden_states.dtype))  # in float16 an eps of 1e-8 would be zero
-        scale = 2**12 if is_exporting() else 1  # as in `simple_rms_norm`
-        normed = nn.functional.rms_norm(wide * scale, wide.shape[-1:], eps=self.config.rms_norm_eps * scale**2)
-        return normed.to(hidden_states.dtype)
+        eps = self.config.rms_norm_eps
+        if is_exporting():  # as in `simple_rms_norm`
+            wide, eps = wide * 2**12, eps * 2**24
+        return nn.functional.rms_norm(wide, wide.shape[-1:], eps=eps).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.norm_type}, eps={self.config.rms_norm_eps}"
@@ -875,14 +877,10 @@ class TransNormerForCausalLM(TransNormerPreTrainedModel, GenerationMixin):
             loss = token_cross_entropy(self.lm_head, hidden_states, shifted, **kwargs)
         else:
             logits = self.lm_head(hidden_states)  # (batch, kept, vocab_size)
-        if logits is not None and labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        elif (
-            labels is None
-            and self.training
-            and kwargs.get("num_items_in_batch") is not None
-            and not torch.compiler.is_compiling()
-        ):
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        is_for_caller = labels is None and self.training and kwargs.get("num_items_in_batch") is not None
+        if is_for_caller and not torch.compiler.is_compiling():
             logger.warning_once(
                 "The Trainer computes the loss of these logits by itself. If that is for label_smoothing_factor, it is"
                 " wrong: transformers shifts the labels only for the causal models that it knows by name. Use"
@@ -1019,8 +1017,8 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
             loss = self.lm_head(outputs.last_hidden_state, labels, **kwargs)
         else:
             logits = self.lm_head(outputs.last_hidden_state)  # (batch, seq, vocab_size)
-        if logits is not None and labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 

@@ -26,6 +26,7 @@ from .reference_transnormer import (
     eager_diag_attention,
     eager_norm_attention,
     eager_simple_rms_norm,
+    is_exporting,
     operator_namespace,
     prepare_query_key,
     rotation_angles,
@@ -181,13 +182,6 @@ def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
     if reason is not None and backend == "triton":
         raise ValueError(reason)
     return "triton" if reason is None else "torch"
-
-
-def is_exporting() -> bool:
-    """Inside torch.export (of torch 2.6 with strict=False alone), torch.onnx.export or torch.jit.trace."""
-    if torch.jit.is_tracing() or hasattr(torch.compiler, "is_exporting"):
-        return torch.jit.is_tracing() or torch.compiler.is_exporting()
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def with_segments(metadata: AttentionMetadata) -> AttentionMetadata:

@@ -76,6 +76,13 @@ def rotation_table(positions: torch.Tensor, theta: torch.Tensor) -> tuple[torch.
     return angles.cos(), angles.sin()
 
 
+def is_exporting() -> bool:
+    """Inside torch.export (of torch 2.6 with strict=False alone), torch.onnx.export or torch.jit.trace."""
+    if torch.jit.is_tracing() or hasattr(torch.compiler, "is_exporting"):
+        return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def rotation_angles(positions: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     """`positions · theta` modulo one turn: (*positions.shape, head_dim / 2) in the dtype of `theta`.
 
@@ -83,7 +90,9 @@ def rotation_angles(positions: torch.Tensor, theta: torch.Tensor) -> torch.Tenso
     none): the bare product, rounded to float32, would be off by 0.008 rad at position 131,072.
     """
     wide = torch.float32 if theta.device.type == "mps" else torch.float64
-    turn = torch.tensor(2 * torch.pi, dtype=wide)  # ONNX rounds a number of Python's to float32
+    turn: torch.Tensor | float = 2 * torch.pi
+    if is_exporting():  # ONNX rounds a number of Python's to float32
+        turn = torch.tensor(turn, dtype=wide)
     turns = positions.to(wide)[..., None] * (theta.to(wide) / turn)
     return ((turns - turns.detach().floor()) * turn).to(theta.dtype)
 
