@@ -5,11 +5,13 @@
     python scripts/benchmark_model.py --lengths 512,1024,2048,4096,8192,16384,32768 --max_seconds_per_cell 600 \\
         --max_minutes 300                               # everything that runs
     python scripts/benchmark_model.py --table7          # the form of the paper's Table 7
+    python scripts/benchmark_model.py --table7 --hidden_size 768 --num_hidden_layers 12 --num_attention_heads 12 \\
+        --models vanilla,nystrom,lln,lln-diag,transnormer-t2-bidirectional --lengths 512,1024,2048,4096,8192,16384
     python scripts/benchmark_model.py --compile         # each model a second time, by torch.compile
 
-All models have 6 layers, width 512, 8 heads, random weights and no dropout. A training step is forward, cross-entropy
-over every token, and backward; no optimizer. Inference is a forward that returns the logits of every token. Decoding is
-one more token after a context that the model has read.
+All models have one size (6 layers, width 512 and 8 heads unless options say another), random weights and no dropout. A
+training step is forward, cross-entropy over every token, and backward; no optimizer. Inference is a forward that gives
+the logits of every token. Decoding is one more token after a context that the model has read.
 
 Only correct models are timed: each is first checked on a short input (TransNormer against its definition in float64,
 forward and backward; causality as claimed; decoding against the full forward), and every length must give finite
@@ -141,7 +143,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens_per_batch", type=int, default=1, help="rows to make up this many; default: one row")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each cell")
     parser.add_argument("--decode_steps", type=int, default=24, help="timed tokens per model and context")
-    parser.add_argument("--vocab_size", type=int, default=8192)
+    for name, default in Size._field_defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"of all models; default: {default}")
     parser.add_argument("--max_seconds_per_cell", type=float, default=40.0, help="a cell that needs more is skipped")
     parser.add_argument("--max_minutes", type=float, default=9.0, help="what does not fit into this is skipped")
     parser.add_argument("--table7", action="store_true", help="steps per second at 1K to 5K, in place of all else")
@@ -167,7 +170,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if not all(part.isdecimal() and int(part) >= 2 for part in parts):
             parser.error(f"--{argument} {text}: give whole numbers from 2 with commas between them, e.g. 512,1024.")
         setattr(options, argument, sorted({int(part) for part in parts}))
-    for argument, least in (("repeats", 1), ("decode_steps", 1), ("tokens_per_batch", 1), ("vocab_size", 16)):
+    least_sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 16}
+    for argument, least in (("repeats", 1), ("decode_steps", 1), ("tokens_per_batch", 1), *least_sizes.items()):
         if getattr(options, argument) < least:
             parser.error(f"--{argument} {getattr(options, argument)}: must be at least {least}.")
     for argument in ("max_seconds_per_cell", "max_minutes"):
@@ -177,7 +181,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--device {options.device}: choose cpu or cuda.")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {options.device}: torch sees no GPU here; use --device cpu.")
-    options.size = Size(vocab_size=options.vocab_size)
+    options.size = Size(*(getattr(options, name) for name in Size._fields))
     if options.quick:
         options.repeats, options.decode_steps = 2, 3
         options.size = Size(64, 2, 2, min(options.vocab_size, 128))

@@ -41,6 +41,8 @@ LENGTHS = (100, 200, 1000, 10_000, 100_000)
 MARKED, UNMARKED, COMMON = 1.2, 0.01, 0.1  # a of both kinds of text, and c
 THRESHOLD = 0.5
 WIDTH, HEADS, DIRECTIONS = 64, 2, 16
+UNMATCHED = "lln_unmatched"  # LLN without moment matching, alpha = beta = 1
+MODELS = ("t1", "t2", *MIXERS, UNMATCHED)
 
 
 def planted_weight(n: int, a: float, attention: str) -> float:
@@ -124,7 +126,8 @@ def make_layers(name: str, n: int) -> PreTrainedModel:
     }
     if name in ("t1", "t2"):
         return AutoModel.from_config(TransNormerConfig(**fields, variant=name))
-    return AutoModel.from_config(baseline_config(TransNormerConfig(**fields), name))
+    mixer, options = ("lln", {"moments": "none"}) if name == UNMATCHED else (name, {})
+    return AutoModel.from_config(baseline_config(TransNormerConfig(**fields), mixer, **options))
 
 
 def train_row(name: str, n: int, steps: int, seed: int) -> dict[str, Any]:
@@ -172,15 +175,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="n of the planted token")
     parser.add_argument("--train", action="store_true", help="also train on single-location regression")
-    parser.add_argument("--models", nargs="+", default=["t1", "t2", *MIXERS], help="what to train")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="what to train")
     parser.add_argument("--train_lengths", type=int, nargs="+", default=[64, 256], help="n in training")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/separation"))
     options = parser.parse_args(arguments)
     for name in options.models:
-        if name not in ("t1", "t2", *MIXERS):
-            parser.error(f"--models {name}: no such model; choose from t1, t2, {', '.join(MIXERS)}.")
+        if name not in MODELS:
+            parser.error(f"--models {name}: no such model; choose from {', '.join(MODELS)}.")
     for argument in ("lengths", "train_lengths"):
         if (least := min(getattr(options, argument))) < 2:
             parser.error(f"--{argument} {least}: a text has at least 2 tokens.")

@@ -1,8 +1,11 @@
 """Linear Log-Normal Attention: what its paper proves, and where the authors' code fails in float32."""
 
+import json
+
 import pytest
 import torch
 
+import log_normal
 from transnormer_hf import TransNormerConfig
 from transnormer_hf.model.reference_transnormer import attention_metadata
 from transnormer_hf.research.baselines import MIXERS
@@ -89,3 +92,42 @@ def test_float32_is_exact_where_the_released_code_is_not(sigma, theirs_at_least)
     assert theirs >= theirs_at_least
     if sigma == 1:
         assert theirs < 1e-5
+
+
+def test_without_matched_moments_alpha_and_beta_are_one():
+    query, key, value = make_states(1.5, 3)
+    config = TransNormerConfig(hidden_size=HEAD_DIM, num_attention_heads=1, attention_probs_dropout_prob=0.0)
+    mixer = MIXERS["lln"](config, moments="none")
+    scores = query.exp() @ key.exp().mT
+    wanted = scores / scores.sum(-1, keepdim=True) @ value
+    found = mixer(query, key, value, attention_metadata(1, TOKENS, query.device), False)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_matched_moments_give_the_variance_of_softmax(tmp_path, capsys):
+    """The script's third table; without the matching the variance is a sixteenth of that of softmax or less."""
+    options = ["--scales", "1", "1.5", "2", "--tokens", "200", "--head_dims", "64", "--output_dir", str(tmp_path)]
+    report = log_normal.main(options)
+    for row in report["matching"]:
+        variance, scale = row["variance"], row["scale"]
+        assert variance["softmax"] == pytest.approx(scale**4, rel=0.1)
+        assert variance["lln"] == pytest.approx(variance["softmax"], rel=0.25)
+        assert variance["lln, alpha = beta = 1"] < variance["softmax"] / 16
+    first, *_, last = report["concentration"]
+    for name in ("softmax", "lln", "performer", "kernelized"):  # these follow the temperature
+        assert last["entropy"][name] < first["entropy"][name] - 2
+    for name in ("1+elu", "cosformer"):  # these do not
+        assert last["entropy"][name] > first["entropy"][name] - 0.1
+    assert json.loads((tmp_path / "log_normal.json").read_text()) == report
+    assert (tmp_path / "log_normal.md").read_text() == capsys.readouterr().out[:-1]
+
+
+def test_the_script_refuses_what_it_cannot_measure(capsys):
+    for arguments, message in (
+        (["--scales", "0"], "--scales 0.0: must be greater than 0."),
+        (["--tokens", "1"], "--tokens 1: must be at least 2."),
+        (["--head_dims", "64", "1"], "--head_dims 1: must be at least 2."),
+    ):
+        with pytest.raises(SystemExit):
+            log_normal.main(arguments)
+        assert message in capsys.readouterr().err

@@ -302,7 +302,7 @@ def test_bad_options_are_named():
         ("flash_quad", {"query_size": 5}, "query_size=5"),
         ("flash", {"chunk_size": 0}, "chunk_size=0"),
         ("transformer_ls", {"window": 0}, "window=0"),
-        ("lln", {"moments": "token"}, "moments='token' is not known; choose one of 'row', 'batch'"),
+        ("lln", {"moments": "token"}, "moments='token' is not known; choose one of 'row', 'batch', 'none'"),
     ):
         with pytest.raises(ValueError, match=expected):
             make_layer_attention(name, False, 32, options)

@@ -23,7 +23,7 @@ PUBLISHED_CONSTANTS = {64: (0.14855178144710912, -0.35487039130661086)}
 FITTED_VARIANCES = (4.0, 6.0, 8.0, 10.0)
 FIT_SAMPLES = 50_000
 MODES = ("average", "learnable_scale", "learnable_ratio")
-MOMENTS = ("row", "batch")
+MOMENTS = ("row", "batch", "none")
 
 
 @functools.lru_cache
@@ -54,7 +54,8 @@ class LogNormalMixer(ExponentialMixer):
 
     "row": bidirectional, all tokens, heads and channels of a row; causal, those up to the token, so alpha_i and beta_i
     are each token's own. "batch" is the authors' code: the whole batch, so that a text's output depends on its
-    neighbours; bidirectional only, since in their causal form the moments are of future tokens too.
+    neighbours; bidirectional only, since in their causal form the moments are of future tokens too. "none" matches
+    nothing, alpha = beta = 1: the ablation.
     """
 
     def __init__(self, config: TransNormerConfig, moments: str = "row"):
@@ -66,6 +67,8 @@ class LogNormalMixer(ExponentialMixer):
         self.moments = moments
 
     def exponents(self, query, key, metadata, causal):
+        if self.moments == "none":
+            return query, key
         with torch.no_grad():
             spread = running_std if causal else functools.partial(total_std, per_row=self.moments == "row")
             query_std, key_std = spread(query, metadata), spread(key, metadata)

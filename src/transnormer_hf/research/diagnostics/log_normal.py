@@ -1,11 +1,11 @@
-"""Linear Log-Normal Attention against softmax: concentration of the maps and memory for the backward pass.
+"""Linear Log-Normal Attention against softmax and others: concentration of the maps and memory for the backward pass.
 
 The comparison of https://arxiv.org/abs/2311.13541 on queries and keys of independent Gaussian channels, where moment
 matching gives both maps the same variance of log p. Entropy and gap are those of `maps.py`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,31 +16,57 @@ from ..baselines import MIXERS
 from .maps import row_entropy, spectral_gap
 
 COMPARED = ("softmax", "lln")
+UNMATCHED = "lln, alpha = beta = 1"  # without moment matching
+# The kernels whose map is a function of queries and keys alone.
+OTHERS = ("lln_diag", "1+elu", "performer", "cosformer", "kernelized", "nystromformer", "skyformer")
+KERNELS = (*COMPARED, UNMATCHED, *OTHERS)
 
 
 def _mixer(name: str, head_dim: int) -> Any:
     config = TransNormerConfig(hidden_size=head_dim, num_attention_heads=1, attention_probs_dropout_prob=0.0)
-    return MIXERS[name](config)
+    mixer_class: Any = MIXERS["lln" if name == UNMATCHED else name]
+    return mixer_class(config, moments="none") if name == UNMATCHED else mixer_class(config)
 
 
 def compare_concentration(
-    input_scales: Sequence[float], tokens: int, head_dim: int, generator: torch.Generator
-) -> list[dict[str, float | dict[str, float]]]:
-    """For each standard deviation of queries and keys, the "entropy" (bits) and spectral "gap" of both maps."""
+    input_scales: Sequence[float],
+    tokens: int,
+    head_dim: int,
+    generator: torch.Generator,
+    kernels: Iterable[str] = COMPARED,
+) -> list[dict[str, Any]]:
+    """For each standard deviation of queries and keys, the "entropy" (bits) and spectral "gap" of each kernel's map."""
+    instruments = {
+        "entropy": lambda weights: row_entropy(weights).mean().item(),
+        "gap": lambda weights: spectral_gap(weights).mean().item(),
+    }
+    return compare(input_scales, tokens, head_dim, generator, kernels, instruments)
+
+
+def compare(
+    input_scales: Sequence[float],
+    tokens: int,
+    head_dim: int,
+    generator: torch.Generator,
+    kernels: Iterable[str],
+    instruments: Mapping[str, Callable[[torch.Tensor], float]],
+) -> list[dict[str, Any]]:
+    """What the instruments say of each kernel's map, one row per standard deviation of queries and keys.
+
+    kernels: of `KERNELS`. A row is {"scale": ..., name of an instrument: {name of a kernel: number}}.
+    """
     metadata = attention_metadata(1, tokens, torch.device("cpu"))
     query, key = (torch.randn(1, 1, tokens, head_dim, generator=generator) for _ in range(2))
-    rows: list[dict[str, float | dict[str, float]]] = []
+    mixers = {name: _mixer(name, head_dim) for name in kernels}
+    rows = []
     for scale in input_scales:
         maps = {
-            name: _mixer(name, head_dim).attention_map(scale * query, scale * key, metadata, False) for name in COMPARED
+            name: mixer.attention_map(scale * query, scale * key, metadata, False) for name, mixer in mixers.items()
         }
-        rows.append(
-            {
-                "scale": scale,
-                "entropy": {name: row_entropy(weights).mean().item() for name, weights in maps.items()},
-                "gap": {name: spectral_gap(weights).mean().item() for name, weights in maps.items()},
-            }
-        )
+        measured = {
+            kind: {name: measure(weights) for name, weights in maps.items()} for kind, measure in instruments.items()
+        }
+        rows.append({"scale": scale, **measured})
     return rows
 
 
