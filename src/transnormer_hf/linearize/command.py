@@ -19,6 +19,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -29,6 +30,7 @@ from ..training.packing import FILE_FORMATS, TextSource
 from ..training.text_files import check_file
 from .distillation import (
     EXACT,
+    Losses,
     Stage,
     StageResult,
     TextBatches,
@@ -49,6 +51,7 @@ CHECKPOINTS = {"trained": "attention_transfer.pt", "joint": "joint_distillation.
 SENTENCE_ENCODER = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 # Its poolings, by their newer and older names, and ours.
 POOLING_MODES = {"mean": "mean", "mean_tokens": "mean", "cls": "first", "cls_token": "first", "lasttoken": "last"}
+DEFAULT_STEPS = 300  # of attention transfer, if no time is given either
 SCALE_TOKENS = 4096  # from which the scale of the output projections is computed
 
 
@@ -148,7 +151,8 @@ class LearningArguments:
     """How long and how fast the student learns."""
 
     max_steps: int | None = field(
-        default=None, metadata={"help": "Steps of attention transfer; 0 for none. Default: 300, or --max_minutes."}
+        default=None,
+        metadata={"help": f"Steps of attention transfer; 0 for none. Default: {DEFAULT_STEPS}, or --max_minutes."},
     )
     max_minutes: float | None = field(
         default=None, metadata={"help": "Or minutes of it; evaluation and saving do not count."}
@@ -344,51 +348,32 @@ def distill(
         "minutes": {},
     }
 
-    def learn(name: str, stage: Stage) -> StageResult:
-        result = run_stage(stage)
+    def learn(name: str, parts: Mapping[str, nn.Module], losses: Losses, **limits: Any) -> StageResult:
+        options: dict[str, Any] = {
+            "eval_steps": args.eval_steps,
+            "checkpoint": checkpoints and checkpoints / CHECKPOINTS[name],
+        }
+        title = STEPS[name].capitalize()
+        result = run_stage(Stage(title, parts, losses, train, held_out, settings=settings, **limits, **options))
         figures["whole"][name] = compare(teacher, student, held_out)
         figures["steps"][name], figures["minutes"][name] = result.steps, result.minutes
         return result
 
-    options: dict[str, Any] = {
-        "train": train,
-        "held_out": held_out,
-        "eval_steps": args.eval_steps,
-        "settings": settings,
-    }
     if layers:
         scale_output_projections(teacher, student, layers, train.holding(SCALE_TOKENS))
         figures["whole"]["scaled"] = compare(teacher, student, held_out)
-        default_steps = 300 if args.max_minutes is None else None
-        result = learn(
-            "trained",
-            Stage(
-                "Attention transfer",
-                {f"layer {layer}": attention_of(student, layer) for layer in layers},
-                attention_losses(teacher, student, layers),
-                learning_rate=args.learning_rate,
-                max_steps=default_steps if args.max_steps is None else args.max_steps,
-                max_minutes=args.max_minutes,
-                checkpoint=checkpoints and checkpoints / CHECKPOINTS["trained"],
-                **options,
-            ),
-        )
+        limits = {"max_steps": args.max_steps, "max_minutes": args.max_minutes}
+        if args.max_steps is None and args.max_minutes is None:
+            limits["max_steps"] = DEFAULT_STEPS
+        attentions = {f"layer {layer}": attention_of(student, layer) for layer in layers}
+        losses = attention_losses(teacher, student, layers)
+        result = learn("trained", attentions, losses, learning_rate=args.learning_rate, **limits)
         for layer in layers:
-            name = f"layer {layer}"
-            figures["attention"][str(layer)] |= {"scaled": result.before[name], "trained": result.after[name]}
+            errors = {"scaled": result.before[f"layer {layer}"], "trained": result.after[f"layer {layer}"]}
+            figures["attention"][str(layer)] |= errors
     if args.joint_steps:
-        learn(
-            "joint",
-            Stage(
-                "Joint distillation",
-                {"student": student.base_model.layers},
-                joint_losses(teacher, student),
-                learning_rate=args.joint_learning_rate,
-                max_steps=args.joint_steps,
-                checkpoint=checkpoints and checkpoints / CHECKPOINTS["joint"],
-                **options,
-            ),
-        )
+        whole, losses = {"student": student.base_model.layers}, joint_losses(teacher, student)
+        learn("joint", whole, losses, learning_rate=args.joint_learning_rate, max_steps=args.joint_steps)
     student.requires_grad_(True)
     return figures
 
@@ -494,9 +479,7 @@ def copy_sentence_encoder(args: SourceArguments, folder: Path) -> str | None:
             shutil.copyfile(source / name, folder / name)
     poolings = []
     for module in json.loads((source / "modules.json").read_text(encoding="utf-8")):
-        name = Path(
-            module["path"]
-        ).name  # "" for the model itself; some modules, such as a normalisation, have no files
+        name = Path(module["path"]).name  # "" for the model itself; a normalisation, for one, has no files
         if not name or not (source / name).is_dir():
             continue
         shutil.copytree(source / name, folder / name)
