@@ -102,7 +102,8 @@ def read_results(report: Path) -> dict[tuple[str, str], Line]:
         skipped = case.find("skipped")
         if not module:  # the file as a whole: it was skipped, or cannot be imported
             module = sentence.rpartition(".test ")[2]
-            why = (skipped.text or "").rpartition("Skipped: ")[2].rstrip("'\")") if skipped is not None else "an error"
+            # A tuple as Python prints it: ('file', line, "Skipped: why")
+            why = (skipped.text or "").rpartition("Skipped: ")[2][:-2] if skipped is not None else "an error"
             sentence = f"nothing of the file ran: {why}"
         line = lines.setdefault((cells[0] if cells else module, sentence), Line())
         failure = next((found for kind in ("failure", "error") if (found := case.find(kind)) is not None), None)
