@@ -34,7 +34,7 @@ def compare(record_property, name, errors):
     """The logits of the quantised TransNormer may move by 1.5 times what those of the quantised stock model do."""
     of_ours, of_stock = errors
     assert 0 < of_ours <= 1.5 * of_stock
-    record_property(f"{name}: error over that of the stock model's", of_ours / of_stock)
+    record_property(f"{name}: error over the stock model's", of_ours / of_stock)
 
 
 @pytest.mark.cell("quantize_dynamic")
