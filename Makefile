@@ -13,7 +13,7 @@
 #   make test-versions  the contract tests on every supported release; writes docs/compatibility.md (about an hour)
 #                       make test-versions ONLY="5.8.1 'torch 2.11'"
 #   make test-ecosystem the tests beside lm-eval, sentence-transformers, TRL and others, in an environment of its own;
-#                       writes the second part of docs/compatibility.md (a few minutes, and once the installation)
+#                       writes the second part of docs/compatibility.md (ten minutes, and once the installation)
 #   make constraints    write .ci/constraints.txt, the tested versions, anew
 
 PYTHON ?= python3

@@ -38,17 +38,27 @@ print(json.dumps({name: ask(name) for name in sys.argv[1:]}))
 """
 EXPLANATION = """
 Written by `make test-ecosystem`: each line is a test, most of them beside a stock model of the same size, with what it
-measured. The releases are pinned in `.ci/ecosystem.txt`.
+measured; a range is over the runs of the test. The releases are pinned in `.ci/ecosystem.txt`.
 """
+ON_PAPER = "| vLLM | [what a plugin needs](serving.md#vllm-on-paper), on paper and not promised | – | nothing was run |"
 
 
 @dataclass
 class Line:
-    """The runs of one test: outcomes, what it measured, and the message of each failure."""
+    """The runs of one test: outcomes, texts and numbers that it recorded, and the message of each failure."""
 
     outcomes: list[str] = field(default_factory=list)
-    measured: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    numbers: dict[str, list[float]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+
+    def measured(self) -> str:
+        """The texts, then the range of each number."""
+        ranges = []
+        for name, values in self.numbers.items():
+            lowest, highest = f"{min(values):.2g}", f"{max(values):.2g}"
+            ranges.append(f"{name}: {lowest}" + f" to {highest}" * (lowest != highest))
+        return "; ".join([*self.texts, *ranges])
 
 
 def environment() -> Path:
@@ -73,23 +83,36 @@ def run_tests(python: Path, report: Path, chosen: Sequence[str]) -> int:
     command = [python, "-m", "pytest", "-m", "ecosystem", *(chosen or ["tests/ecosystem"]), "-p", "no:cacheprovider"]
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
-    command += ["-q", f"--junitxml={report}"]
+    command += ["-q", f"--junitxml={report}", "-o", "junit_family=xunit1"]  # the newer one has no properties of a test
     return subprocess.run(command, check=False, cwd=ROOT, env=variables, timeout=TIME_LIMIT).returncode
 
 
 def read_results(report: Path) -> dict[tuple[str, str], Line]:
-    """(tool, test as a sentence) -> its runs. The tool is the test's mark cell(...), or the name of its file."""
+    """(tool, test as a sentence) -> its runs. The tool is the test's mark cell(...), or the name of its file.
+
+    What a test records as "measured" is a text, and a number under any other name. A file without its tool is one line
+    that says so.
+    """
     lines: dict[tuple[str, str], Line] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         properties = [(entry.get("name"), entry.get("value") or "") for entry in case.iter("property")]
         cells = [value for name, value in properties if name == "cell"]
         module = (case.get("classname") or "").rpartition(".")[2].removeprefix("test_")
         sentence = (case.get("name") or "").partition("[")[0].removeprefix("test_").replace("_", " ")
+        skipped = case.find("skipped")
+        if not module:  # the file as a whole: it was skipped, or cannot be imported
+            module = sentence.rpartition(".test ")[2]
+            # A tuple as Python prints it: ('file', line, "Skipped: why")
+            why = (skipped.text or "").rpartition("Skipped: ")[2][:-2] if skipped is not None else "an error"
+            sentence = f"nothing of the file ran: {why}"
         line = lines.setdefault((cells[0] if cells else module, sentence), Line())
         failure = next((found for kind in ("failure", "error") if (found := case.find(kind)) is not None), None)
-        outcome = "failed" if failure is not None else "skipped" if case.find("skipped") is not None else "passed"
-        line.outcomes.append(outcome)
-        line.measured += [value for name, value in properties if name == "measured" and value not in line.measured]
+        line.outcomes.append("failed" if failure is not None else "skipped" if skipped is not None else "passed")
+        for name, value in properties:
+            if name == "measured" and value not in line.texts:
+                line.texts.append(value)
+            elif name not in ("measured", "cell"):
+                line.numbers.setdefault(name or "", []).append(float(value))
         if failure is not None:
             message = (failure.get("message") or "failed").splitlines()[0]
             line.failures.append(f"`{case.get('name')}`: {message[:300]}")
@@ -104,7 +127,8 @@ def section(lines: Mapping[tuple[str, str], Line], versions: Mapping[str, str], 
         skipped = line.outcomes.count("skipped")
         passed = f"{line.outcomes.count('passed')} / {len(line.outcomes) - skipped}"
         passed += f", {skipped} skipped" * bool(skipped)
-        rows.append(f"| {tool} | {sentence} | {passed} | {'; '.join(line.measured)} |")
+        rows.append(f"| {tool} | {sentence} | {passed} | {line.measured()} |")
+    rows.append(ON_PAPER)
     releases = ", ".join(f"{name} {version}" for name, version in versions.items())
     failures = [f"- {failure}" for line in lines.values() for failure in line.failures]
     parts = [

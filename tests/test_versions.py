@@ -76,15 +76,21 @@ def test_the_tools_have_a_part_of_the_report_that_the_releases_leave_alone(tool,
     tool.write_report({"5.8.1": row})
     cases = """
         <testcase classname="tests.ecosystem.test_a" name="test_a_b[x]"><properties><property name="cell" value="trl"/>
-            <property name="measured" value="3e-7"/></properties></testcase>
+            <property name="measured" value="3e-7"/><property name="left" value="0.5"/></properties></testcase>
         <testcase classname="tests.ecosystem.test_a" name="test_a_b[y]"><properties><property name="cell" value="trl"/>
-            </properties><failure message="KeyError: 3&#10;more"/></testcase>
+            <property name="left" value="2"/></properties><failure message="KeyError: 3&#10;more"/></testcase>
+        <testcase classname="" name="tests.ecosystem.test_b_c"><skipped message="collection skipped"
+            >('b.py', 2, "Skipped: could not import 'b'")</skipped></testcase>
+        <testcase classname="" name="tests.ecosystem.test_d"><error message="collection failure">x</error></testcase>
         <testcase classname="tests.ecosystem.test_export" name="test_c"><skipped/></testcase>"""
     (tmp_path / "report.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     lines = script.read_results(tmp_path / "report.xml")
     script.write_section(script.section(lines, {"trl": "1.2"}, 60))
     text = tool.REPORT.read_text()
-    assert "| trl | a b | 1 / 2 | 3e-7 |" in text
+    assert "| trl | a b | 1 / 2 | 3e-7; left: 0.5 to 2 |" in text
+    assert "| b c | nothing of the file ran: could not import 'b' | 0 / 0, 1 skipped |  |" in text
+    assert "| d | nothing of the file ran: an error | 0 / 1 |  |" in text
+    assert "- `tests.ecosystem.test_d`: collection failure\n" in text
     assert "in 60 seconds, with trl 1.2." in text
     assert "| export | c | 0 / 0, 1 skipped |  |" in text
     assert "- `test_a_b[y]`: KeyError: 3\n" in text

@@ -6,6 +6,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
@@ -28,7 +29,6 @@ from .model.ops_transnormer import diag_attention, norm_attention, simple_rms_no
 
 __version__ = CODE_VERSION
 
-# Not AutoModelForPreTraining: it knows a model by its configuration, which is one for encoders and decoders.
 AUTO_CLASSES = {
     AutoModelForTextEncoding: TransNormerModel,
     AutoModel: TransNormerModel,
@@ -46,6 +46,8 @@ for _auto_class, _model_class in AUTO_CLASSES.items():
     _auto_class.register(TransNormerConfig, _model_class, exist_ok=True)
     # Makes save_pretrained write the code beside the weights.
     _model_class.register_for_auto_class(_auto_class.__name__)
+# Of the two, the one that was saved. An auto_map can name one only, so that remote code goes without.
+AutoModelForPreTraining.register(TransNormerConfig, (TransNormerForMaskedLM, TransNormerForCausalLM), exist_ok=True)
 
 
 try:

@@ -102,6 +102,36 @@ def test_the_script_trains_matryoshka_embeddings_of_pairs(models, tmp_path, name
     record_property("measured", f"{name}: Spearman {found['16']:.2f}, in 4 numbers {found['4']:.2f}")
 
 
+@pytest.mark.parametrize(("name", "length"), [("TransNormer", LENGTH), ("BERT", 512)])
+def test_training_on_long_documents_reaches_what_stands_at_their_end(models, tmp_path, name, length, record_property):
+    """Pairs of a word and a document that says it in its last quarter only, behind BERT's 512 positions."""
+    import train_embeddings
+
+    def pairs(number, seed):
+        generator = torch.Generator().manual_seed(seed)
+        fillers = torch.randint(5, 8, (number, LENGTH - 2), generator=generator)  # the, film, is
+        for row, word in zip(fillers, ["good", "bad"] * (number // 2), strict=True):
+            words = [WORDS[index] for index in row]
+            words[-LENGTH // 4 :: 2] = [word] * (LENGTH // 8)
+            yield {"sentence1": word, "sentence2": " ".join(words)}
+
+    (tmp_path / "pairs.json").write_text("\n".join(map(json.dumps, pairs(16, seed=0))))
+    shutil.copytree(models / name, tmp_path / "model")
+    options = {
+        "model_name_or_path": tmp_path / "model", "train_file": tmp_path / "pairs.json", "max_seq_length": length,
+        "max_steps": 16, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "output_dir": tmp_path / "out",
+        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "seed": 0,
+        "batch_sampler": "no_duplicates",
+    }  # fmt: skip
+    train_embeddings.main([part for key, value in options.items() for part in (f"--{key}", str(value))])
+    model, held_out = SentenceTransformer(str(tmp_path / "out")), list(pairs(16, seed=1))
+    good, bad = model.encode(["good", "bad"], normalize_embeddings=True)
+    found = model.encode([pair["sentence2"] for pair in held_out], normalize_embeddings=True) @ (good - bad)
+    right = sum((score > 0) == (pair["sentence1"] == "good") for score, pair in zip(found, held_out, strict=True))
+    assert right == 16 if name == "TransNormer" else right < 16
+    record_property("measured", f"{name}: {right} of 16 documents")
+
+
 def test_more_tokens_than_learned_positions_are_refused(tmp_path):
     import train_embeddings
 

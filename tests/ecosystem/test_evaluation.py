@@ -11,7 +11,7 @@ pytest.importorskip("lm_eval.api")  # a folder of tasks here has the name of the
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-pytestmark = [pytest.mark.ecosystem, pytest.mark.cell("lm_eval")]
+pytestmark = [pytest.mark.ecosystem, pytest.mark.cell("lm-eval")]
 LENGTH = 1500
 
 

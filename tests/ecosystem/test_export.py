@@ -1,5 +1,7 @@
 """Every head in onnxruntime: the file that scripts/export_onnx.py writes gives the model's outputs at any size."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,9 @@ import transformers
 import export_onnx
 from transnormer_hf import TransNormerConfig
 
-pytestmark = pytest.mark.ecosystem
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+pytestmark = [pytest.mark.ecosystem, pytest.mark.cell("ONNX")]
 
 DIAG, NORM = "chunked_attention", "linear_attention"
 
@@ -32,18 +36,33 @@ def save(folder, task, **fields):
         ("text-generation", {"variant": "t1"}),
     ],
 )
-def test_the_file_of_each_head_equals_the_model_at_every_size(task, fields, tmp_path, capsys):
+def test_the_file_of_each_head_equals_the_model_at_every_size(task, fields, tmp_path, capsys, record_property):
     """The script compares, with padding on either side, and ends with an error above 1e-4."""
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
     save(tmp_path / "model", task, **fields)
     export_onnx.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "model.onnx")])
-    assert f"model.onnx: {task}, largest difference" in capsys.readouterr().out
+    found = re.search(rf"model.onnx: {task}, largest difference from the model (\S+)", capsys.readouterr().out)
+    sizes = ", ".join(f"{batch} × {length}" for batch, length in export_onnx.CHECKED_SIZES)
+    record_property("measured", f"batch × length: {sizes}")
+    record_property("largest difference, relative", float(found[1]))
+
+
+def test_its_time_grows_less_with_the_length_than_that_of_bert(tmp_path, capsys, record_property):
+    save(tmp_path / "model", "feature-extraction", hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
+    lengths, ratios = (128, 512, 2048), []
+    command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "model.onnx")]
+    export_onnx.main([*command, "--time", *map(str, lengths)])
+    output = capsys.readouterr().out
+    for length in lengths:
+        (line,) = re.findall(rf"^{length} tokens: (.*)", output, re.MULTILINE)
+        times = {name: float(milliseconds) for name, milliseconds in re.findall(r"([\w ]+?) (\S+) ms(?:, )?", line)}
+        ratios.append(times["onnxruntime"] / times["BERT in onnxruntime"])
+        of_torch = times["onnxruntime"] / times["PyTorch"]
+        beside = f"{ratios[-1]:.2f} × BERT in onnxruntime, {of_torch:.2f} × PyTorch"
+        record_property("measured", f"{length} tokens: {beside}")
+    assert ratios[2] < ratios[0]
 
 
 def test_a_file_of_other_weights_is_found_out(tmp_path, monkeypatch):
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
     save(tmp_path, "text-classification")
     write = export_onnx.export
 

@@ -17,7 +17,7 @@ from transnormer_hf import TransNormerConfig, TransNormerForCausalLM
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
-pytestmark = [pytest.mark.ecosystem, pytest.mark.cell("openai")]
+pytestmark = [pytest.mark.ecosystem, pytest.mark.cell("transformers serve")]
 
 ROOT = Path(__file__).parents[2]
 SERVE = ROOT / "scripts" / "serve.py"
@@ -89,26 +89,30 @@ def generated(folder, prompt, max_new_tokens=12):
     return tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)
 
 
-def test_a_completion_is_what_generate_says(served, client):
+def test_a_completion_is_what_generate_says(served, client, record_property):
     answer = client.completions.create(model=str(served[0]), prompt=PROMPT, max_tokens=12)
     assert answer.choices[0].text == generated(served[0], PROMPT)
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 12
+    record_property("tokens equal", 12)
 
 
-def test_a_chat_is_what_generate_says_after_the_template(served, client):
+def test_a_chat_is_what_generate_says_after_the_template(served, client, record_property):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
     answer = client.chat.completions.create(model=str(served[0]), messages=chat, max_tokens=12)
     prompt = f"system: Be brief.\nuser: {PROMPT}\nassistant:"
     assert answer.choices[0].message.content == generated(served[0], prompt)
+    record_property("tokens equal", 12)
 
 
-def test_a_stream_brings_the_same_in_parts(served, client):
+def test_a_stream_brings_the_same_in_parts(served, client, record_property):
     chat = [{"role": "user", "content": PROMPT}]
     parts = client.chat.completions.create(model=str(served[0]), messages=chat, max_tokens=20, stream=True)
     texts = [part.choices[0].delta.content for part in parts if part.choices]
     assert len([text for text in texts if text]) > 5
     assert "".join(text or "" for text in texts) == generated(served[0], f"user: {PROMPT}\nassistant:", 20)
+    record_property("tokens equal", 20)
+    record_property("parts", len([text for text in texts if text]))
     parts = client.completions.create(model=str(served[0]), prompt=PROMPT, max_tokens=12, stream=True)
     assert "".join(part.choices[0].text for part in parts) == generated(served[0], PROMPT)
 
@@ -122,10 +126,8 @@ def test_transformers_chat_talks_to_it(served, tmp_path):
     command = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(folder), address]
     command += ["max_new_tokens=12", "do_sample=False"]
     options = {"input": f"{PROMPT}\nn\n!exit\n", "capture_output": True, "text": True, "timeout": 120, "cwd": tmp_path}
-    online = {
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-    }  # it asks this machine through the Hub's client
+    # It asks this machine through the Hub's client.
+    online = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     result = subprocess.run(command, env=ENVIRONMENT | online | {"COLUMNS": "400"}, **options)
     assert result.returncode == 0, result.stderr
     assert generated(folder, f"user: {PROMPT}\nassistant:") in " ".join(result.stdout.split())

@@ -40,7 +40,7 @@ def losses(trainer):
 
 
 @of_both
-@pytest.mark.cell("trl")
+@pytest.mark.cell("TRL")
 def test_supervised_tuning_of_padded_texts_learns(kind, tokenizer, tmp_path, record_property):
     trl = pytest.importorskip("trl")
     rows = Dataset.from_dict({"text": ["the film is good", "what film is bad bad bad"] * 20})
@@ -50,9 +50,9 @@ def test_supervised_tuning_of_padded_texts_learns(kind, tokenizer, tmp_path, rec
     record_property("measured", f"{kind}: loss {found[0]:.2f} to {found[-1]:.2f}")
 
 
-@pytest.mark.cell("trl")
-def test_supervised_tuning_of_packed_texts_has_the_loss_of_the_same_texts_apart(tokenizer, tmp_path):
-    trl = pytest.importorskip("trl")
+@pytest.mark.cell("TRL")
+def test_supervised_tuning_of_packed_texts_has_the_loss_of_the_same_texts_apart(tokenizer, record_property):
+    pytest.importorskip("trl")
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     model, texts = causal_model("TransNormer").eval(), ["the film is good", "what film is bad bad bad", "is good"]
@@ -63,12 +63,13 @@ def test_supervised_tuning_of_packed_texts_has_the_loss_of_the_same_texts_apart(
     with torch.no_grad():
         together = model(**batch, use_cache=False).loss
         apart = [model(torch.tensor([row]), labels=torch.tensor([row])).loss * (len(row) - 1) for row in ids]
-    torch.testing.assert_close(together, sum(apart) / sum(len(row) - 1 for row in ids), rtol=1e-5, atol=1e-6)
-    assert trl.__version__
+    expected = sum(apart) / sum(len(row) - 1 for row in ids)
+    torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-6)
+    record_property("measured", f"loss within {(together - expected).abs().item():.0e}")
 
 
 @of_both
-@pytest.mark.cell("trl")
+@pytest.mark.cell("TRL")
 def test_preferences_are_learned(kind, tokenizer, tmp_path, record_property):
     trl = pytest.importorskip("trl")
     rows = {"prompt": ["the film is"] * 8, "chosen": [" good"] * 8, "rejected": [" bad"] * 8}
@@ -81,6 +82,24 @@ def test_preferences_are_learned(kind, tokenizer, tmp_path, record_property):
     assert found[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: model and reference are the same
     assert found[-1] < 0.5
     record_property("measured", f"{kind}: loss 0.69 to {found[-1]:.2f}")
+
+
+@of_both
+@pytest.mark.cell("TRL")
+def test_a_reward_model_learns(kind, tokenizer, tmp_path, record_property):
+    """TRL passes use_cache=False to the classification head."""
+    trl = pytest.importorskip("trl")
+    torch.manual_seed(0)
+    if kind == "TransNormer":
+        model = TransNormerForSequenceClassification(tiny_config(position_embedding="none", num_labels=1))
+    else:
+        model = BertForSequenceClassification(BertConfig(**SIZES, num_labels=1))
+    chosen, rejected = ["the film is good", "good film"] * 8, ["the film is bad", "bad"] * 8
+    rows = Dataset.from_dict({"chosen": chosen, "rejected": rejected})
+    arguments = trl.RewardConfig(str(tmp_path), **TRAINING, max_length=16)
+    found = losses(trl.RewardTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer))
+    assert found[-1] < 0.5 * found[0]
+    record_property("measured", f"{kind}: loss {found[0]:.2f} to {found[-1]:.2f}")
 
 
 @of_both
@@ -106,7 +125,7 @@ def test_integrated_gradients_add_up_to_the_difference_of_the_logits(kind, recor
     record_property("measured", f"{kind}: gap {abs(gap.item()) / difference:.0e} of the difference")
 
 
-@pytest.mark.cell("setfit")
+@pytest.mark.cell("SetFit")
 def test_setfit_learns_from_eight_texts_and_its_folder_is_not_pushed_without_its_head(tmp_path, record_property):
     setfit = pytest.importorskip("setfit")
     from sentence_transformers import SentenceTransformer
@@ -117,16 +136,8 @@ def test_setfit_learns_from_eight_texts_and_its_folder_is_not_pushed_without_its
 
     TransNormerModel(tiny_config(position_embedding="none")).save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
-    texts = [
-        "the film is good",
-        "good film",
-        "is good",
-        "what good",
-        "the film is bad",
-        "bad film",
-        "is bad",
-        "what bad",
-    ]
+    texts = ["the film is good", "good film", "is good", "what good"]
+    texts += [text.replace("good", "bad") for text in texts]
     labels = [1, 1, 1, 1, 0, 0, 0, 0]
     body = SentenceTransformer(str(tmp_path / "model"))
     model = setfit.SetFitModel(model_body=body, model_head=LogisticRegression(C=1e4))

@@ -12,10 +12,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForPreTraining, PreTrainedTokenizerFast
 from transformers.pipelines import SUPPORTED_TASKS
 
-from transnormer_hf import AUTO_CLASSES, TransNormerConfig, TransNormerForCausalLM
+from transnormer_hf import AUTO_CLASSES, TransNormerConfig, TransNormerForCausalLM, TransNormerForMaskedLM
 from transnormer_hf.hub.remote_code import check_remote_code
 from transnormer_hf.model.configuration_transnormer import AUTO_MAP
 
@@ -125,6 +125,12 @@ def test_with_the_package_the_same_folder_loads_without_a_question(saved_heads):
         folder = saved_heads / auto_class.__name__
         assert type(AutoConfig.from_pretrained(folder)) is TransNormerConfig
         assert type(getattr(transformers, auto_class.__name__).from_pretrained(folder)) is model_class
+
+
+@pytest.mark.parametrize("model_class", [TransNormerForMaskedLM, TransNormerForCausalLM])
+def test_a_pretraining_model_is_the_one_that_was_saved(model_class, tmp_path):
+    model_class(tiny_config(is_causal=model_class is TransNormerForCausalLM)).save_pretrained(tmp_path)
+    assert type(AutoModelForPreTraining.from_pretrained(tmp_path)) is model_class
 
 
 @pytest.mark.parametrize("is_installed", [True, False])

@@ -146,9 +146,12 @@ def test_layers_may_keep_softmax_and_t1_has_none_that_is_exact(arguments, tmp_pa
     assert (config.layer_types, config.variant) == (["chunked_attention", "full_attention"], "t1")
 
 
-def test_positions_beyond_the_source_s_are_measured_on_a_long_text(arguments, tmp_path):
+def test_positions_beyond_the_source_s_are_measured_on_a_long_text(arguments, make_source, tmp_path):
+    source = make_source("bert")
+    AutoTokenizer.from_pretrained(source, model_max_length=32).save_pretrained(source)
     options = {"max_position_embeddings": 100, "position_extension": "interpolate"}
-    results = linearize(arguments(**options, max_steps=2))
+    results = linearize(arguments(source, **options, max_steps=2))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 100
     long = results["long"]
     assert 32 < long["tokens"] <= 100
     card = (tmp_path / "out" / "README.md").read_text()

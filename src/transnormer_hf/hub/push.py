@@ -5,7 +5,6 @@ push_model(model, "user/transnormer-sst2")             # a model in memory
 load_metric_table("user/transnormer-sst2")
 """
 
-import fnmatch
 import json
 import os
 import re
@@ -36,7 +35,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers.utils import logging
 
 from .model_card import build_architecture_card
@@ -272,22 +271,21 @@ def send(
 
     A lost answer does no harm: the next attempt finds its files in place and nothing left to commit. (A pull request is
     sent only once, or it would be opened twice.)
+
+    `HfApi.upload_folder` with its `delete_patterns` is not used: it sends a folder in several commits where hf_xet is
+    installed, so that a push that dies could leave new code beside old weights.
     """
     files = staged_files(staging)
 
     def commit() -> CommitInfo:
         head = api.model_info(repo_id, revision=revision)
-        present = [sibling.rfilename for sibling in head.siblings or []]
-        stale = [
-            name
-            for name in present
-            if name not in files and any(fnmatch.fnmatch(name, pattern) for pattern in (*WEIGHTS, *CODE))
-        ]
+        present = (sibling.rfilename for sibling in head.siblings or [])
+        replaced = filter_repo_objects(present, allow_patterns=[*WEIGHTS, *CODE])
         return api.create_commit(
             repo_id,
             [
                 *(CommitOperationAdd(name, str(path.resolve())) for name, path in files.items()),
-                *(CommitOperationDelete(name) for name in stale),
+                *(CommitOperationDelete(name) for name in replaced if name not in files),
             ],
             commit_message=message,
             commit_description=description,
@@ -361,7 +359,9 @@ def is_transport_error(error: BaseException | None) -> bool:
 def retry(call: Callable[[], Result], *, statuses: tuple[int, ...] = RETRIED, transport: bool = True) -> Result:
     """Call again after a failure that may pass, up to ATTEMPTS times in all.
 
-    huggingface_hub retries uploads and downloads itself; this is for the requests that it makes once.
+    huggingface_hub retries uploads and downloads itself, by `http_backoff`; this is for the methods of HfApi that send
+    their request once (create_repo, model_info, create_branch, create_commit, create_tag). `http_backoff` takes a URL
+    in place of a method, and would send a refused commit again with the same parent.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:

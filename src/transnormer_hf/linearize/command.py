@@ -440,6 +440,8 @@ def save(
         if pooling is not None and student.base_model is student:  # of a head to come
             student.config.pooling = pooling
         student.save_pretrained(folder)
+        # With the source's length, sentence-transformers would cut texts there, whatever the positions.
+        tokenizer.model_max_length = max(tokenizer.model_max_length, student.config.max_position_embeddings)
         tokenizer.save_pretrained(folder)
         results = update_results(folder, results)
         card = build_linearized_card(

@@ -1022,6 +1022,7 @@ class TransNormerForMaskedLM(TransNormerPreTrainedModel):
         return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
+# Not transformers' generic heads: their AutoModel.from_config asks for trust_remote_code again; no mask is read.
 class TransNormerClassificationHead(nn.Module):
     """dropout, dense, activation, dropout, projection on a vector per sequence, as in RoBERTa (tanh)."""
 
