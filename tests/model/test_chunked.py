@@ -314,16 +314,26 @@ def test_gradients_are_the_same_under_a_dispatch_mode(causal):
     assert_all_close(*results)
 
 
-def test_autocast_does_not_reach_into_the_sums():
-    query, key, value = (tensor.detach().float() for tensor in projections(2, 130))
-    query.requires_grad_()
-    norm = {"causal": True, "backend": "torch"}
-    expected, _ = norm_attention(query, key, value, **norm)
-    (expected_grad,) = torch.autograd.grad(expected.sum(), query)
+@pytest.mark.parametrize("name", ["norm", "diag"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_reach_into_the_sums(name, dtype):
+    """Outputs and gradients are those of float32 for the same inputs, rounded once."""
+    inputs = [*(tensor.detach().to(dtype).requires_grad_() for tensor in projections(2, 130)), *rotation()]
+    inputs[3:] = [tensor.detach().float().requires_grad_() for tensor in inputs[3:]]
+
+    def run(query, key, value, *lrpe):
+        options = {"causal": True, "backend": "torch", "lrpe": lrpe}
+        if name == "norm":
+            output, _ = norm_attention(query, key, value, feature_map="1+elu", **options)
+        else:
+            output = diag_attention(query, key, value, block_size=64, **options)
+        return output, *torch.autograd.grad(output.square().sum(dtype=torch.float32), inputs)
+
+    expected = run(*inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, _ = norm_attention(query, key, value, **norm)
-        (grad,) = torch.autograd.grad(output.sum(), query)
-    assert_all_close([output, grad], [expected, expected_grad], tolerance=1e-6)
+        found = run(*inputs)
+    assert [tensor.dtype for tensor in found] == [dtype] * 4 + [torch.float32] * 2
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])

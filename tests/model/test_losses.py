@@ -210,9 +210,10 @@ def softmax_rows_and_largest_input(run):
     """Of how many rows a softmax was taken, and the size of the largest tensor that an operator of torch was given."""
     with torch.profiler.profile(record_shapes=True) as profile:
         run()
-    shapes = [(event.name, shape) for event in profile.events() for shape in event.input_shapes if shape]
-    rows = sum(math.prod(shape[:-1]) for name, shape in shapes if name == "aten::_log_softmax")
-    return rows, max(math.prod(shape) for _, shape in shapes if all(isinstance(size, int) for size in shape))
+    events = [(event.name, [shape for shape in event.input_shapes if shape]) for event in profile.events()]
+    rows = sum(math.prod(shapes[0][:-1]) for name, shapes in events if name == "aten::_log_softmax")
+    whole = [shape for _, shapes in events for shape in shapes if all(isinstance(size, int) for size in shape)]
+    return rows, max(map(math.prod, whole))
 
 
 @of_each_lm_head

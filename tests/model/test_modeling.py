@@ -580,6 +580,39 @@ class TestPrecision:
             outputs = last_hidden_state(model, input_ids)
         assert (outputs - expected).norm() / expected.norm() < 0.1
 
+    @pytest.mark.parametrize("pieces", [[3000], [2990, 9, 1]], ids=["whole", "pieces"])
+    @pytest.mark.parametrize("kind", [DIAG, NORM, FULL])
+    def test_autocast_does_not_reach_into_an_attention(self, kind, pieces):
+        """Between the projections all is as without it: angles, also of late positions, feature maps, sums, states."""
+        model = make_model(layer_types=[kind], is_causal=True, max_position_embeddings=3000)
+        attention, input_ids = model.layers[0].self_attn, make_ids(1, 3000)
+        tables = {name: torch.randn(VOCABULARY, 16).bfloat16() for name in ("q_proj", "k_proj", "v_proj")}
+
+        def run(is_autocast, dtype=torch.bfloat16):
+            """What reaches the output projection where the others give rows of `tables`, and the state behind it."""
+            cache, outputs, begin = TransNormerCache(model.config), [], 0
+            for size in pieces:
+                ids, begin = input_ids[:, begin : begin + size], begin + size
+                rows = {name: table[ids].to(dtype) for name, table in tables.items()}
+                for name in rows:
+                    getattr(attention, name).forward = lambda x, name=name, rows=rows: rows[name]
+                attention.out_proj.forward = lambda x: outputs.append(x) or torch.zeros(x.shape)
+                with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+                    model(ids, past_key_values=cache, use_cache=True)
+            return torch.cat(outputs, 1), dict(cache.layers[0].states[0].tensors)
+
+        (found, state), (expected, expected_state), (exact, exact_state) = (
+            run(True),
+            run(False),
+            run(False, torch.float32),
+        )
+        assert found.dtype == torch.bfloat16  # as the products around it: no copy to float32 and back
+        torch.testing.assert_close((found, state), (expected, expected_state), rtol=0, atol=0)
+        assert (found - exact).norm() < 2**-7 * exact.norm()
+        if kind != FULL:
+            assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+            torch.testing.assert_close(state, exact_state)
+
 
 def compile_and_compare(model, batches, **options):
     """Runs a model eagerly and compiled without graph breaks, in inference and, where it trains, with its gradients."""
@@ -676,6 +709,56 @@ def test_a_row_of_zeros_is_normed_to_zeros_in_every_dtype(norm_type, dtype):
     normed.sum().backward()
     torch.testing.assert_close(normed, torch.tensor([[0.0], [1.0]], dtype=dtype).expand(2, 16))
     assert not rows.grad.isnan().any()
+
+
+def numbers_kept_for_backward(model, input_ids):
+    """Of all storages that a forward pass leaves to the backward pass, parameters left out."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}  # holds the tensors, so that no address is used twice
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes() // 4, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_states = model(input_ids).last_hidden_state
+    assert hidden_states.requires_grad
+    return sum(count for count, _ in kept.values())
+
+
+@pytest.mark.parametrize("feed_forward", ["glu", "ffn"])
+@pytest.mark.parametrize("kind", [DIAG, NORM])
+def test_a_layer_keeps_each_input_of_a_product_once(kind, feed_forward, monkeypatch):
+    """Its input, query, key, value, what the two attentions and the first norm give; and of the feed-forward its gate
+    and its up alone. Beside them, a few numbers per token."""
+    monkeypatch.setattr(modeling_transnormer, "MADE_AGAIN_FROM", 1)
+    hidden_size, seq_len, fields = 64, 512, {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    fields |= {"hidden_size": hidden_size, "max_position_embeddings": seq_len, "feed_forward": feed_forward}
+    shallow, deep = (make_model(layer_types=[kind] * depth, is_causal=True, **fields).train() for depth in (2, 3))
+    ids = make_ids(1, seq_len)
+    per_token = (numbers_kept_for_backward(deep, ids) - numbers_kept_for_backward(shallow, ids)) / seq_len
+    inner = (2 if feed_forward == "glu" else 1) * deep.config.intermediate_size
+    assert 6 * hidden_size + inner <= per_token < 6.75 * hidden_size + inner
+
+
+@pytest.mark.parametrize("is_hooked", [False, True], ids=["plain", "hooked"])
+@pytest.mark.parametrize("feed_forward", ["glu", "ffn"])
+def test_what_is_made_again_in_the_backward_pass_changes_no_gradient(feed_forward, is_hooked, monkeypatch):
+    """Training is compared with eval mode, in which all is kept. No hook of a projection is called twice."""
+    monkeypatch.setattr(modeling_transnormer, "MADE_AGAIN_FROM", 1)
+    model = make_model(feed_forward=feed_forward, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    calls = []
+    if is_hooked:
+        model.layers[0].feed_forward.down_proj.register_forward_hook(lambda *_: calls.append(1))
+    ids, gradients = make_ids(2, 11), []
+    for is_training in (False, True):
+        model.train(is_training).zero_grad()
+        model(ids).last_hidden_state.square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert len(calls) == (2 if is_hooked else 0)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
 WRONG_INPUTS = [

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from transnormer_hf import diag_attention, norm_attention, simple_rms_norm
 from transnormer_hf.model import ops_transnormer
@@ -492,8 +492,24 @@ class TestSimpleRMSNorm:
         rms = torch.tensor([math.sqrt(sum(a * a for a in row) / 5) for row in x.tolist()], dtype=torch.float64)
         torch.testing.assert_close(simple_rms_norm(x, eps=0.25), x / (rms[:, None] + 0.25))
 
-    def test_gradient(self):
-        assert gradcheck(simple_rms_norm, torch.randn(3, 5, dtype=torch.float64, requires_grad=True))
+    @pytest.mark.parametrize("eps", [1e-8, 0.5])
+    def test_gradients_first_and_second(self, eps):
+        x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+        assert gradcheck(simple_rms_norm, (x, eps))
+        assert gradgradcheck(simple_rms_norm, (x, eps))
+
+    def test_gradients_are_those_of_the_definition(self):
+        x, grad = torch.randn(2, 4, 9, 16).transpose(1, 2).requires_grad_(), torch.randn(2, 9, 4, 16)
+        found, expected = (simple_rms_norm(x, 1e-3, backend) for backend in ("torch", "eager"))
+        assert torch.equal(found, expected)
+        found, expected = (torch.autograd.grad(normed, x, grad) for normed in (found, expected))
+        torch.testing.assert_close(found, expected)
+
+    def test_under_vmap(self):
+        x = torch.randn(3, 5)
+        rows = torch.func.vmap(torch.func.grad(lambda row: simple_rms_norm(row)[0]))(x)
+        leaf = x.clone().requires_grad_()
+        torch.testing.assert_close(rows, torch.autograd.grad(simple_rms_norm(leaf)[:, 0].sum(), leaf)[0])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_a_row_of_zeros_stays_zero_and_its_gradient_is_finite(self, dtype):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -36,7 +37,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_transnormer import StateUpdate, TransNormerCache, adopt_cache, cache_lengths, receive
 from .configuration_transnormer import CACHE_NAME, TransNormerConfig
-from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm, with_segments
+from .ops_transnormer import diag_attention, norm_attention, simple_rms_norm, with_segments, without_autocast
 from .reference_transnormer import (
     LRPE,
     AttentionMetadata,
@@ -192,15 +193,16 @@ class TransNormerAttention(nn.Module):
         lrpe = self.lrpe() if self.lrpe is not None else None
 
         weights = output_map = None
-        if output_attentions and (state is None or state.tokens.is_prefill):
-            weights = output_map = self.attention_map(query, key, metadata, lrpe)
-        elif output_attentions:
-            output_map = self.map_with_past(query, key, metadata, lrpe, state)
-        attend = self.step if state is not None and state.tokens.is_step else self.attend
-        output = attend(query, key, value, metadata, lrpe, state)  # (batch, heads, seq, head_dim)
-        if weights is not None:  # the output goes by way of the map, so that gradients reach the map
-            output = (weights @ zero_padding(value.to(weights.dtype), metadata)).to(value.dtype)
-        output = self.norm(output.transpose(1, 2).reshape(shape)).to(hidden_states.dtype)
+        with without_autocast(query.device):  # LRPE, maps and what is done with a state are float32 as well
+            if output_attentions and (state is None or state.tokens.is_prefill):
+                weights = output_map = self.attention_map(query, key, metadata, lrpe)
+            elif output_attentions:
+                output_map = self.map_with_past(query, key, metadata, lrpe, state)
+            attend = self.step if state is not None and state.tokens.is_step else self.attend
+            output = attend(query, key, value, metadata, lrpe, state)  # (batch, heads, seq, head_dim)
+            if weights is not None:  # the output goes by way of the map, so that gradients reach the map
+                output = (weights @ zero_padding(value.to(weights.dtype), metadata)).to(value.dtype)
+        output = self.norm(output.transpose(1, 2).reshape(shape)).to(value.dtype)
         if order is not None:
             back = order.argsort(1)
             output = output.take_along_dim(back[..., None], 1)
@@ -387,6 +389,9 @@ ATTENTION_CLASSES: dict[str, Callable[[TransNormerConfig], nn.Module]] = {
 }
 
 
+MADE_AGAIN_FROM = 2**20  # numbers; making fewer again would take some percent of a step's time
+
+
 class TransNormerFeedForward(nn.Module):
     """GLU: down(act(gate(x)) * up(x)), or FFN: down(act(up(x))); a bias in every projection."""
 
@@ -400,9 +405,20 @@ class TransNormerFeedForward(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate = None if self.gate_proj is None else self.gate_proj(hidden_states)
+        up = self.up_proj(hidden_states)
+        # The backward pass keeps these two, and makes again what is made of them elementwise, where that saves much.
+        is_large = self.training and not torch.compiler.is_compiling() and up.numel() >= MADE_AGAIN_FROM
+        if is_large and is_plain_linear(self.down_proj):
+            inputs = (gate, up, self.down_proj.weight, self.down_proj.bias)
+            return checkpoint(self._down, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self.down_proj(self._inner(gate, up))
+
+    def _inner(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(up) if gate is None else self.act_fn(gate) * up
+
+    def _down(self, gate, up, weight, bias):  # the weights are passed: the module may have others by then
+        return nn.functional.linear(self._inner(gate, up), weight, bias)
 
 
 class TransNormerAttentionMap(nn.Identity):
@@ -739,13 +755,16 @@ def skips_logits(model: PreTrainedModel, skip_logits: bool | None, labels: torch
     Not where more happens than it knows: a loss of the user's own (`model.loss_function = ...`), another
     `ignore_index`, a last projection with LoRA, hooks, a sharded or a quantised weight.
     """
-    linear: Any = model.get_output_embeddings()
-    kinds = ("forward", "forward_pre", "backward", "backward_pre")
-    is_bare = "forward" not in vars(linear) and not any(getattr(linear, f"_{kind}_hooks") for kind in kinds)
-    is_plain = is_bare and type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
     is_known = model.loss_function in (ForCausalLMLoss, ForMaskedLMLoss) and "ignore_index" not in options
     is_wanted = model.training if skip_logits is None else skip_logits
-    return labels is not None and is_wanted and is_known and is_plain
+    return labels is not None and is_wanted and is_known and is_plain_linear(model.get_output_embeddings())
+
+
+def is_plain_linear(linear: Any) -> bool:
+    """Whether a module is no more than its weight and bias."""
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    is_bare = "forward" not in vars(linear) and not any(getattr(linear, f"_{kind}_hooks") for kind in kinds)
+    return is_bare and type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
 
 
 def token_cross_entropy(
@@ -794,7 +813,8 @@ def linear_cross_entropy(hidden_states, weight, bias, labels, needs):
     weight, bias = weight.to(dtype), bias.to(dtype)
     for rows in (labels != IGNORED).nonzero().squeeze(1).split(max(64, LOGITS_AT_A_TIME // len(weight))):
         states, targets = hidden_states[rows], labels[rows, None]  # (chunk, hidden_size), (chunk, 1)
-        scores = nn.functional.linear(states, weight, bias).to(wide).log_softmax(-1)  # (chunk, vocab_size)
+        scores = nn.functional.linear(states, weight, bias).to(wide)  # (chunk, vocab_size)
+        torch.log_softmax(scores, -1, out=scores)
         losses[rows] = -scores.gather(1, targets).squeeze(1)
         if any(needs):  # the gradient of the logits: the probabilities, less 1 for the label
             scores.exp_().scatter_add_(1, targets, scores.new_full(targets.shape, -1))

@@ -156,7 +156,35 @@ def simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8, backend: str
     if is_exporting():  # the same numbers: onnxscript takes a summand of 1e-8 for 0 and leaves it out
         wide = hidden_states.to(compute_dtype(hidden_states.dtype))
         return eager_simple_rms_norm(wide * 2**12, eps * 2**12).to(hidden_states.dtype)
-    return eager_simple_rms_norm(hidden_states, eps)
+    if backend == "eager" or not hidden_states.requires_grad or torch.compiler.is_compiling():
+        return eager_simple_rms_norm(hidden_states, eps)
+    return SimpleRMSNorm.apply(hidden_states, eps)[0]
+
+
+class SimpleRMSNorm(torch.autograd.Function):
+    """`eager_simple_rms_norm` and the rms of each row. Its gradient keeps the result, as the next projection does."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden_states, eps):
+        wide = hidden_states.to(compute_dtype(hidden_states.dtype))
+        rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * wide.shape[-1] ** -0.5
+        return (wide / (rms + eps)).to(hidden_states.dtype), rms
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*output)
+        ctx.eps = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad, grad_rms):
+        """dx = (dy - y mean(y dy) (1 + eps / rms)) / (rms + eps), and what a second derivative asks of the rms."""
+        (normed, rms), dtype = ctx.saved_tensors, grad.dtype
+        grad, normed = grad.to(rms.dtype), normed.to(rms.dtype)
+        grad_rms = grad_rms - (grad * normed).sum(-1, keepdim=True) / (rms + ctx.eps)
+        slope = grad_rms * (1 + ctx.eps / rms.clamp(min=torch.finfo(rms.dtype).tiny)) / normed.shape[-1]
+        return torch.addcmul(grad / (rms + ctx.eps), normed, slope).to(dtype), None
 
 
 def resolve_backend(backend: str, *tensors: torch.Tensor) -> str:
