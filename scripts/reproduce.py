@@ -55,7 +55,6 @@ from transnormer_hf.research.diagnostics.log_normal import compare_concentration
 from transnormer_hf.research.reproduction import (
     ABLATION_TABLES,
     GLUE_TASKS,
-    LENGTH,
     TABLES,
     VOCAB_SIZE,
     Cell,
@@ -283,7 +282,7 @@ def run_cell(options: argparse.Namespace, settings: Mapping[str, Any], tokenizer
     """Train and measure; an error is recorded as a result too."""
     part = options.output_dir / "runs" / f".{settings_key(settings)}"
     shutil.rmtree(part, ignore_errors=True)  # of a command that was killed: the cell begins again
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     result: dict[str, Any]
     try:
         result = RUNNERS[settings["task"]](options, settings, tokenizer, part)
@@ -294,7 +293,8 @@ def run_cell(options: argparse.Namespace, settings: Mapping[str, Any], tokenizer
         folder = part.with_name(settings_key(settings))
         shutil.rmtree(folder, ignore_errors=True)  # a command was killed before it wrote the cell
         part.rename(folder)
-    return {**result, "seconds": round(time.perf_counter() - began, 1), "versions": package_versions()}
+    spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
+    return {**result, **{name: round(value, 1) for name, value in spent.items()}, "versions": package_versions()}
 
 
 class DivergenceWatch(GradientDeviationCallback):
@@ -335,7 +335,7 @@ def run_language_model(
         diverged = {"step": state["global_step"], "loss": losses[-1][1]}
         return {"status": "diverged", "diverged": diverged, "figures": figures}
     if is_masked and all(MIXERS[name].has_map for name in settings["model"]["layer_types"] if name in MIXERS):
-        figures["attention"] = measure_attention(options, folder / "run")
+        figures["attention"] = measure_attention(options, folder / "run", settings["training"]["max_seq_length"])
     return {"status": "done", "figures": figures}
 
 
@@ -372,12 +372,12 @@ def text_arguments(options: argparse.Namespace) -> dict[str, Any]:
     return {"train_file": options.train_file, "validation_file": options.validation_file}
 
 
-def measure_attention(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure_attention(options: argparse.Namespace, folder: Path, length: int) -> dict[str, Any]:
     """Accumulated attention, entropy and spectral gap of each layer on the first validation texts."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = (text for text in text_source(options, "validation").documents() if text.strip())
     batch = tokenizer(
-        list(islice(documents, MEASURED_TEXTS)), truncation=True, max_length=LENGTH, padding=True, return_tensors="pt"
+        list(islice(documents, MEASURED_TEXTS)), truncation=True, max_length=length, padding=True, return_tensors="pt"
     )
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     report = attention_report(AutoModelForMaskedLM.from_pretrained(folder), inputs, edge="shift")

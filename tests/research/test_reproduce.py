@@ -282,6 +282,32 @@ def test_every_table_has_cells_of_its_own_names():
     assert tokens == {1, 2}
 
 
+@pytest.mark.parametrize(
+    ("table", "tokens", "rows", "block"), [("11", 64, 32, 8), ("5", 128, 16, 16), ("4", 256, 8, 32)]
+)
+def test_rows_of_whole_models_are_longer_and_blocks_with_them(table, tokens, rows, block):
+    (cell,) = (
+        cell
+        for cell in plan_cells([table], [1], scale(0.25), DATA)
+        if cell.row in ("T2", "block 64") and cell.column in ("", "t2", "sst2")
+    )
+    settings = cell.settings.get("pretrained", cell.settings)
+    training = settings["training"]
+    assert training.get("max_seq_length", training.get("block_size")) == tokens
+    assert settings["model"]["max_position_embeddings"] == tokens
+    assert (training["per_device_train_batch_size"], settings["model"]["block_size"]) == (rows, block)
+
+
+def test_a_field_that_configurations_have_since_changes_no_old_cell(run, trainings):
+    out = run("--table", "3")
+    for path in out.glob("cells/3/*"):
+        content = json.loads(path.read_text())
+        assert content["settings"]["model"].pop("type_vocab_size") == 0
+        path.write_text(json.dumps(content))
+    run("--table", "3")
+    assert len(trainings) == 3
+
+
 # ---- Drawing ----
 
 
@@ -382,8 +408,9 @@ def test_rivals_have_the_size_of_the_others_and_blocks_as_short_as_the_texts():
     layers = {place: model["num_hidden_layers"] for place, model in models.items()}
     assert (layers["4", "FLASH", ""], layers["5", "FLASH", "sst2"], layers["4", "LS", ""]) == (7, 8, 4)
     options = {place: (model.get("mixer_options") or {}) for place, model in models.items()}
-    assert options["4", "FLASH", ""]["flash"] == {"chunk_size": 8, "query_size": 24}
-    assert options["4", "LS", ""]["transformer_ls"] == {"num_landmarks": 4, "chunk_size": 4, "window": 8}
+    assert options["4", "FLASH", ""]["flash"] == {"chunk_size": 32, "query_size": 24}  # rows half as long
+    assert options["4", "LS", ""]["transformer_ls"] == {"num_landmarks": 16, "chunk_size": 16, "window": 32}
+    assert options["5", "LS", "sst2"]["transformer_ls"] == {"num_landmarks": 8, "chunk_size": 8, "window": 2}
     assert options["6", "BigBird", "image"]["bigbird"] == {"block_size": 64}  # rows of full length
     assert options["6", "BigBird", "listops"]["bigbird"] == {"block_size": 16}
     weights = {}

@@ -27,8 +27,7 @@ from .baselines.modeling import backbone_fields
 ABLATION_TABLES = ("1", "3", "8", "9", "10", "11", "12")
 TABLES = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "fig2", "lln")
 
-SHRINK = 8  # rows of 512 tokens and blocks of 32, 64 and 128 in the paper; an eighth of each here
-LAYERS, HEADS, LENGTH, BATCH_SIZE = 4, 4, 512 // SHRINK, 32
+LAYERS, HEADS = 4, 4
 WIDTH, STEPS = 96, 2500  # of a budget of 1; 0.25 is some five minutes a cell on one core
 VOCAB_SIZE = 1024
 EVALUATION_ROWS = 256
@@ -62,6 +61,22 @@ Data = Mapping[str, Mapping[str, Any]]  # task -> what its settings say about it
 class Scale(NamedTuple):
     width: int
     steps: int
+
+
+class Rows(NamedTuple):
+    """Rows of text: as many times shorter than the paper's 512 tokens as blocks are than its 32, 64 and 128."""
+
+    shrink: int
+    batch_size: int
+
+    @property
+    def length(self) -> int:
+        return 512 // self.shrink
+
+
+# 2,048 tokens a step. Rows of 64 tokens are enough to tell attentions inside a layer apart, but nearly all that helps
+# there is nearby: where models are compared as a whole, rows are longer.
+ABLATION_ROWS, ENCODER_ROWS, CAUSAL_ROWS = Rows(8, 32), Rows(4, 16), Rows(2, 8)
 
 
 def scale(budget: float) -> Scale:
@@ -119,21 +134,23 @@ def settings_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
+_LEFT_OUT = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "backend"}
+
+
 def model_settings(config: TransNormerConfig) -> dict[str, Any]:
     """The fields of a configuration that define the model, without those that follow from the tokenizer."""
-    left_out = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "backend"}
     names = (*TransNormerConfig.__annotations__, *(("mixer", "mixer_options") if hasattr(config, "mixer") else ()))
-    fields = {name: getattr(config, name) for name in names if name not in left_out}
+    fields = {name: getattr(config, name) for name in names if name not in _LEFT_OUT}
     return {"model_type": config.model_type, **fields}
 
 
-def masked_config(size: Scale, variant: str) -> TransNormerConfig:
+def masked_config(size: Scale, variant: str, rows: Rows = ABLATION_ROWS) -> TransNormerConfig:
     """A small encoder, without dropout, since training sees the text hardly more than once.
 
     Its initializer_range gives outputs of the same size at this width as the released 0.02 does at width 768.
     """
     spread = round(0.02 * math.sqrt(768 / size.width), 4)
-    return TransNormerConfig(**_sizes(size, LENGTH), **ENCODER, variant=variant, initializer_range=spread)
+    return TransNormerConfig(**_sizes(size, rows.length), **ENCODER, variant=variant, initializer_range=spread)
 
 
 def _sizes(size: Scale, length: int) -> dict[str, Any]:
@@ -147,16 +164,18 @@ def _sizes(size: Scale, length: int) -> dict[str, Any]:
     }
 
 
-def masked_settings(config: TransNormerConfig, size: Scale, seed: int, data: Mapping[str, Any]) -> dict[str, Any]:
+def masked_settings(
+    config: TransNormerConfig, size: Scale, seed: int, data: Mapping[str, Any], rows: Rows = ABLATION_ROWS
+) -> dict[str, Any]:
     """Masked language modelling as in the authors' script, except for lengths, batch, steps and learning rate."""
     return {
         "task": "mlm",
         "seed": seed,
-        "model": model_settings(config) | {"block_size": config.block_size // SHRINK},
+        "model": model_settings(config) | {"block_size": config.block_size // rows.shrink},
         "training": {
             "max_steps": size.steps,
-            "per_device_train_batch_size": BATCH_SIZE,
-            "max_seq_length": LENGTH,
+            "per_device_train_batch_size": rows.batch_size,
+            "max_seq_length": rows.length,
             "mlm_probability": 0.15,
             "learning_rate": 3e-3,
             "lr_scheduler_type": "linear",
@@ -225,14 +244,14 @@ FLASH_LAYERS = {False: 2, True: 10 / 6}
 GLUE_TASKS = ("mnli", "qnli", "qqp", "sst2", "mrpc", "cola")  # MNLI is the matched one
 
 
-def in_vanilla_backbone(config: TransNormerConfig, attention: str) -> TransNormerConfig:
+def in_vanilla_backbone(config: TransNormerConfig, attention: str, shrink: int) -> TransNormerConfig:
     """T1 or T2 as they are; a baseline or NormAttention alone in the backbone of Tables 1 and 3."""
     if attention in ("t1", "t2"):
         return config
     if attention == "norm":
         (row,) = (row for row in find_ablations(1) if row.row == "NormAttention, RMSNorm")
         return ablation_config(config, row)
-    return in_backbone(config, attention, SHRINK, **VANILLA_BACKBONE)
+    return in_backbone(config, attention, shrink, **VANILLA_BACKBONE)
 
 
 def in_backbone(config: TransNormerConfig, mixer: str, shrink: int, **changes: Any) -> BaselineConfig:
@@ -248,10 +267,12 @@ def in_backbone(config: TransNormerConfig, mixer: str, shrink: int, **changes: A
     return BaselineConfig(**fields, mixer=mixer, mixer_options={mixer: options} if options else None)
 
 
-def pretrained_settings(attention: str, size: Scale, seed: int, data: Data) -> dict[str, Any]:
-    """The masked language model with this attention; some are shared by Tables 2 and 5 with 1, 3 and 8 to 12."""
-    config = masked_config(size, attention if attention == "t1" else "t2")
-    return masked_settings(in_vanilla_backbone(config, attention), size, seed, data["mlm"])
+def pretrained_settings(
+    attention: str, size: Scale, seed: int, data: Data, rows: Rows = ABLATION_ROWS
+) -> dict[str, Any]:
+    """The masked language model with this attention; some are shared by Table 2 with 1, 3 and 8 to 12."""
+    config = masked_config(size, attention if attention == "t1" else "t2", rows)
+    return masked_settings(in_vanilla_backbone(config, attention, rows.shrink), size, seed, data["mlm"], rows)
 
 
 def _gradient_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
@@ -269,12 +290,14 @@ def _curve_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
 
 
 def _causal_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
-    cells = []
+    cells, rows = [], CAUSAL_ROWS
     for row, attention in CAUSAL_MODELS.items():
-        config = TransNormerConfig(**_sizes(size, LENGTH), **DECODER, variant=attention if attention == "t1" else "t2")
-        settings = masked_settings(in_vanilla_backbone(config, attention), size, seed, data["mlm"])
+        sizes = _sizes(size, rows.length)
+        config = TransNormerConfig(**sizes, **DECODER, variant=attention if attention == "t1" else "t2")
+        config = in_vanilla_backbone(config, attention, rows.shrink)
+        settings = masked_settings(config, size, seed, data["mlm"], rows)
         training = {name: value for name, value in settings["training"].items() if name not in MASKED_ONLY}
-        training["block_size"] = LENGTH
+        training["block_size"] = rows.length
         cells.append(
             Cell(
                 table, row, "", paper.TABLE_4["validation"].get(row), {**settings, "task": "clm", "training": training}
@@ -288,7 +311,7 @@ def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
     training = {
         "max_steps": steps,
         "per_device_train_batch_size": 32,
-        "max_seq_length": min(128, LENGTH),
+        "max_seq_length": ENCODER_ROWS.length,
         "learning_rate": 3e-4,
         "lr_scheduler_type": "linear",
         "warmup_steps": steps // 10,
@@ -304,7 +327,7 @@ def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
                 "task": "glue",
                 "name": name,
                 "seed": seed,
-                "pretrained": pretrained_settings(attention, size, seed, data),
+                "pretrained": pretrained_settings(attention, size, seed, data, ENCODER_ROWS),
                 "training": training,
                 "data": source,
             },
@@ -379,8 +402,19 @@ def cell_file(folder: Path, cell: Cell) -> Path:
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
-    """The contents of all cells' files."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cells/*/*.json"))]
+    """The contents of all cells' files, models with the fields that configurations have today."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cells/*/*.json"))]
+    for result in results:
+        for settings in (result["settings"], result["settings"].get("pretrained", {})):
+            if "model" in settings:
+                settings["model"] = {**_new_fields(settings["model"]), **settings["model"]}
+    return results
+
+
+def _new_fields(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a model lacks and their defaults, with which they change nothing."""
+    names = set(TransNormerConfig.__annotations__) - _LEFT_OUT - set(model)
+    return {name: getattr(TransNormerConfig, name) for name in names}
 
 
 def find_result(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -427,7 +461,8 @@ def without_place(result: Mapping[str, Any]) -> dict[str, Any]:
 def write_cell(folder: Path, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
     """Write a cell's file and return its content.
 
-    result: "status" ("done", "diverged" or "failed"), "figures", "seconds", "versions", and anything worth noting.
+    result: "status" ("done", "diverged" or "failed"), "figures", "seconds" by the clock and "cpu_seconds" of work (not
+        in the first cells), "versions", and anything worth noting.
     """
     content = {**cell.place, "paper": cell.paper, **result, "settings": cell.settings}
     write_atomically(cell_file(folder, cell), json.dumps(content, indent=1, allow_nan=False) + "\n")
