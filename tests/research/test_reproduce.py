@@ -8,11 +8,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import reproduce
-from transnormer_hf.research import reproduction, reproduction_report
+from transnormer_hf.research import paper, reproduction, reproduction_report
 from transnormer_hf.research.reproduction import plan_cells, scale
 from transnormer_hf.research.reproduction_report import conclusions, describe_order, judge, markdown
 
-DATA = {"mlm": {"train": "a"}, "glue": {"sst2": {}}, "lra": {"listops": {}, "image": {}}}
+DATA = {
+    "mlm": {"train": "a"},
+    "glue": {"sst2": {}},
+    "lra": {"listops": {"generated": True}, "retrieval": {"generated": True}, "image": {}},
+}
 
 
 @pytest.fixture
@@ -184,22 +188,25 @@ def test_log_normal_attention_is_measured_without_training(run, trainings, monke
     assert "LLN" in (out / "results.md").read_text()
 
 
-@pytest.mark.slow  # some 80 trainings, of two steps each
+@pytest.mark.slow  # some 160 trainings, of two steps each
 def test_every_other_table_runs(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduction, "ARENA_LENGTHS", {"listops": 64, "image": 1024})
+    monkeypatch.setattr(reproduction, "TASK_ROWS", 8)
     sentences = tmp_path / "glue" / "SST-2"
     sentences.mkdir(parents=True)
     for file in ("train.tsv", "dev.tsv"):
         (sentences / file).write_text("sentence\tlabel\n" + "a good film\t1\na bad film\t0\n" * 8)
     pixels = tmp_path / "image.jsonl"
     pixels.write_text("".join(json.dumps({"pixels": [n] * 1024, "label": n}) + "\n" for n in range(10)))
-    tables = ("--table", "2", "4", "5", "6", "fig2")
-    out = run(*tables, "--glue_dir", str(tmp_path / "glue"), "--image_files", str(pixels), str(pixels))
+    reviews = tmp_path / "text.jsonl"
+    reviews.write_text("".join(json.dumps({"text": "good " * n, "label": n % 2}) + "\n" for n in range(1, 40)))
+    tables = ("--table", "2", "4", "5", "6", "long", "long2", "fig2")
+    files = ("--image_files", str(pixels), str(pixels), "--text_files", str(reviews), str(reviews))
+    out = run(*tables, "--glue_dir", str(tmp_path / "glue"), *files)
     for path in out.glob("cells/*/*"):
         assert json.loads(path.read_text())["status"] == "done", path
     report = (out / "results.md").read_text()
     assert "Vanilla attention is more local than 1+elu" in report
-    for title in ("Table 2", "Table 4", "Table 5", "Table 6", "Figure 2"):
+    for title in ("Table 2", "Table 4", "Table 5", "Table 6", "Tables 8 to 10 again", "Table 2 again", "Figure 2"):
         assert f"## {title}" in report
     assert "failed" not in report
 
@@ -217,6 +224,9 @@ def test_every_other_table_runs(run, tmp_path, monkeypatch):
         (["--train_file", "no.txt"], "--train_file and --validation_file belong together"),
         (["--train_file", "no.txt", "--validation_file", "no.txt"], "--train_file no.txt: no such file"),
         (["--listops_files", "a.tsv", "b.tsv"], "--listops_files a.tsv: no such file"),
+        (["--text_files", "a.tsv", "b.tsv"], "--text_files a.tsv: no such file"),
+        (["--glue_files", "rte", "a", "b"], "--glue_files rte: not a task of Table 5; choose from mnli, qnli"),
+        (["--glue_files", "qnli", "a", "b"], "--glue_files qnli a: no such file"),
         (["--glue_dir", "."], "--glue_dir .: no folder with train.tsv and dev.tsv, such as SST-2"),
     ],
 )
@@ -265,6 +275,42 @@ def test_rows_of_a_table_can_be_run_apart_and_the_report_says_so(run, trainings)
     assert "Rows differ in their steps of training: FFN: 2, GLU: 7." in (out / "results.md").read_text()
     with pytest.raises(ValueError, match=r"--rows 'MLP': no row of these tables; choose from 'FFN', 'GLU'"):
         run("--table", "10", "--rows", "MLP")
+
+
+def test_cells_of_long_rows_change_one_thing_of_t1_and_t2():
+    cells = plan_cells(["long", "long2"], [1], scale(0.25), DATA)
+    models = {(cell.row, cell.column): cell.settings["model"] for cell in cells}
+    assert len(cells) == len(models) == 13
+    whole = models["50 % Diag", "t1"]
+    for cell in cells:
+        assert (cell.settings["task"], cell.settings["model"]["block_size"]) == ("clm", 16)
+        assert cell.settings["training"]["block_size"] == 512  # tokens of a row
+        assert cell.settings["model"]["is_causal"]
+
+    def changed(row):
+        return {name for name, value in models[row, "t1"].items() if value != whole[name]}
+
+    assert changed("100 % Diag") == changed("Norm early, Diag late") == {"layer_types"}
+    assert changed("FFN") == {"feed_forward", "intermediate_size"}
+    assert models["Vanilla", ""]["layer_types"] == ["softmax"] * 4
+    assert models["1+elu", ""]["layer_types"] == ["1+elu"] * 4
+    assert models["NormAttention", ""]["attention_norm_type"] == "simple_rms"
+    assert {name: models[row, ""][name] for row in ("Vanilla", "1+elu") for name in ("lrpe", "feed_forward")} == {
+        "lrpe": False,
+        "feed_forward": "ffn",
+    }
+
+
+def test_steadiness_is_told_apart_from_the_way_down():
+    down = [200.0 - step for step in range(150)]  # falls evenly, without noise
+    noise = [10.0 + step % 2 for step in range(150)]
+    over_all = [torch.tensor(norms).std().item() / torch.tensor(norms).mean().item() for norms in (down, noise)]
+    assert over_all[0] > 5 * over_all[1]
+    window = torch.tensor(down[50:100])
+    assert reproduce.local_deviation(down) == pytest.approx((window.std() / window.mean()).item())
+    assert reproduce.local_deviation(noise) == pytest.approx(over_all[1], rel=0.02)
+    assert math.isnan(reproduce.local_deviation(down[:49]))
+    assert math.isnan(reproduce.local_deviation([*down, math.inf]))
 
 
 def test_every_table_has_cells_of_its_own_names():
@@ -366,6 +412,61 @@ def test_blowing_up_takes_more_than_being_worse():
     ]
 
 
+def of_table_6(values):
+    """Results of Table 6 by row, task and seed."""
+    found = []
+    for (row, task, seed), value in values.items():
+        cell = result("6", row, value, column=task, seed=seed, paper=paper.TABLE_6[task].get(row))
+        cell["figures"] |= {"largest_class": 0.5, "rows": 400}
+        found.append(cell)
+    return found
+
+
+def test_tables_of_tasks_have_a_mean_and_conclusions_rest_on_it():
+    results = of_table_6(
+        {
+            ("T2", "text", 1): 0.7, ("T2", "image", 1): 0.5, ("T2", "text", 2): 0.8, ("T2", "image", 2): 0.5,
+            ("Performer", "text", 1): 0.5, ("Performer", "image", 1): 0.6, ("Performer", "text", 2): 0.5,
+        }
+    )  # fmt: skip
+    means = [cell for cell in reproduction_report.with_means(results) if cell["column"] == "mean"]
+    assert [(cell["row"], cell["seed"], cell["figures"]["accuracy"]) for cell in means] == [
+        ("T2", 1, pytest.approx(0.6)),
+        ("T2", 2, pytest.approx(0.65)),
+        ("Performer", 1, pytest.approx(0.55)),  # without the second seed, which lacks a task
+    ]
+    assert means[0]["paper"] == pytest.approx((72.20 + 49.60) / 2)
+    (text,) = (s for s in conclusions([*results, *means]) if s.startswith("T2 is better than Performer on long texts"))
+    assert text.endswith("(MEAN): **holds** (T2 60.0, Performer 55.0; one seed).")
+    assert "T2 is better than FLASH on long texts: not run." in conclusions(means)
+    report = markdown(results)
+    assert "| T2 | 75.0 (70.0, 80.0) | 72.2 | 50.0 (50.0, 50.0) | 49.6 | 62.5 (60.0, 65.0) | 60.9 |" in report
+
+
+def test_a_mean_of_tasks_counts_what_diverged_as_nothing_and_asks_for_all_figures_of_the_paper():
+    results = of_table_6({("LLN", "text", 1): None, ("LLN", "image", 1): 0.5})
+    mean = reproduction_report.with_means(results)[-1]
+    assert (mean["figures"]["accuracy"], mean["paper"]) == (0.25, None)
+
+
+def test_what_learns_no_more_than_the_classes_shares_is_named():
+    # two standard errors of 400 rows in halves: 5 %
+    results = of_table_6({("T2", "text", 1): 0.56, ("Performer", "text", 1): 0.54, ("Performer", "text", 2): 0.53})
+    (text,) = reproduction_report.describe_chance(results)
+    assert text == "- TEXT: the largest class has 50.0 % of 400 rows; at its level, below 55.0 %: Performer."
+    (text,) = reproduction_report.describe_chance(results[1:])
+    assert text.endswith("at its level, below 55.0 %: all.")
+    (text,) = reproduction_report.describe_chance(results[:1])
+    assert text == "- TEXT: the largest class has 50.0 % of 400 rows."
+
+
+def test_core_hours_count_each_run_once_and_work_before_the_clock():
+    results = of_seeds([1.0], [2.0])  # 3 seconds by the clock each
+    results[0] |= {"cpu_seconds": 7200.0}
+    results.append({**results[0], "table": "11", "trained_for": "10: GLU"})
+    assert reproduction_report.describe_time(results) == "Core-hours by table: 10 2.00; together 2.0."
+
+
 def test_what_was_not_run_is_said_to_be():
     sentences = conclusions(of_seeds([1.0], [2.0]))
     assert sum("not run" in sentence for sentence in sentences) == len(reproduction_report.CLAIMS) - 1
@@ -411,8 +512,10 @@ def test_rivals_have_the_size_of_the_others_and_blocks_as_short_as_the_texts():
     assert options["4", "FLASH", ""]["flash"] == {"chunk_size": 32, "query_size": 24}  # rows half as long
     assert options["4", "LS", ""]["transformer_ls"] == {"num_landmarks": 16, "chunk_size": 16, "window": 32}
     assert options["5", "LS", "sst2"]["transformer_ls"] == {"num_landmarks": 8, "chunk_size": 8, "window": 2}
-    assert options["6", "BigBird", "image"]["bigbird"] == {"block_size": 64}  # rows of full length
-    assert options["6", "BigBird", "listops"]["bigbird"] == {"block_size": 16}
+    assert options["6", "BigBird", "image"]["bigbird"] == {"block_size": 16}
+    assert options["6", "Linformer", "listops"]["linformer"] == {"projected_length": 32}
+    assert models["6", "T2", "image"]["block_size"] == models["6", "Local", "image"]["block_size"] == 16
+    assert (layers["6", "FLASH", "image"], layers["6", "T2", "image"]) == (4, 2)
     weights = {}
     for row in ("Vanilla", "LS", "FLASH-quad", "FLASH"):
         config = reproduce.AutoConfig.for_model(**models["4", row, ""], vocab_size=8, pad_token_id=1)

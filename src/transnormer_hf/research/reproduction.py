@@ -25,13 +25,13 @@ from .baselines import BaselineConfig
 from .baselines.modeling import backbone_fields
 
 ABLATION_TABLES = ("1", "3", "8", "9", "10", "11", "12")
-TABLES = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "fig2", "lln")
+TABLES = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "long", "long2", "fig2", "lln")
 
 LAYERS, HEADS = 4, 4
 WIDTH, STEPS = 96, 2500  # of a budget of 1; 0.25 is some five minutes a cell on one core
 VOCAB_SIZE = 1024
-EVALUATION_ROWS = 256
-ARENA_LENGTHS = {"listops": 512, "image": 1024}
+EVALUATION_ROWS, TASK_ROWS = 256, 1000  # of text, and of a task of Tables 5 and 6
+ARENA_LAYERS = 2
 INPUT_SCALES = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
 
 # Our small encoders are pre-norm, like the released decoder. The paper's encoder, post-norm with learned positions,
@@ -77,6 +77,8 @@ class Rows(NamedTuple):
 # 2,048 tokens a step. Rows of 64 tokens are enough to tell attentions inside a layer apart, but nearly all that helps
 # there is nearby: where models are compared as a whole, rows are longer.
 ABLATION_ROWS, ENCODER_ROWS, CAUSAL_ROWS = Rows(8, 32), Rows(4, 16), Rows(2, 8)
+# Where distance has to count: rows as long as the paper's, and blocks that see a 32nd of them, not an eighth.
+LONG_ROWS, LONG_BLOCK = Rows(1, 4), 16
 
 
 def scale(budget: float) -> Scale:
@@ -214,6 +216,32 @@ def _ablation_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell
     ]
 
 
+class ArenaSize(NamedTuple):
+    """A task of Table 6 in small: tokens of a row, rows and number of steps per step of the budget, how many times
+    shorter blocks and landmarks are than for texts of full length, and options of `run_lra.py`."""
+
+    length: int
+    batch_size: int
+    steps: float
+    shrink: int
+    options: dict[str, Any]
+
+
+# A minute or less each, at lengths where some attention learns more than the classes' shares.
+ARENA = {
+    "text": ArenaSize(512, 16, 0.2, 2, {}),
+    "listops": ArenaSize(
+        128, 32, 0.24, 4,
+        {"listops_min_length": 24, "listops_max_length": 128, "listops_max_depth": 4, "listops_max_args": 8},
+    ),
+    "retrieval": ArenaSize(256, 16, 0.16, 4, {}),
+    "pathfinder": ArenaSize(576, 16, 0.12, 2, {"image_size": 24}),
+    "image": ArenaSize(256, 32, 0.16, 4, {}),
+}  # fmt: skip
+# What reproduction_tasks.py makes of the data: pictures of 16 x 16 pixels for 32 x 32, pairs of texts.
+ARENA_DATA: dict[str, dict[str, Any]] = {"image": {"side": 16}, "retrieval": {"bytes": 256, "subject_share": 0.6}}
+
+
 # Row -> the mixer in the vanilla backbone, or T1 or T2. Not in the paper's tables: log-normal attention, Nystromformer
 # outside of Table 6, and a local band.
 GRADIENT_ROWS = {"1+elu": "1+elu", "Performer": "performer", "Vanilla": "softmax", "NormAttention": "norm"}
@@ -229,6 +257,19 @@ ARENA_MODELS = {
     "Skyformer": "skyformer", "LS": "transformer_ls", "cosFormer": "cosformer", "FLASH-quad": "flash_quad",
     "FLASH": "flash", "T1": "t1", "T2": "t2", "LLN": "lln", "LLN + Diag": "lln_diag", "Local": "local",
 }  # fmt: skip
+# Row -> the table and row of the ablation; None is softmax in the backbone of Tables 1 and 3.
+LONG_MODELS: dict[str, tuple[int, str | None]] = {
+    "50 % Diag": (8, "50 % Diag"),
+    "100 % Diag": (8, "100 % Diag"),
+    "0 % Diag": (8, "0 % Diag"),
+    "Norm early, Diag late": (9, "Norm early, Diag late"),
+    "FFN": (10, "FFN"),
+}
+LONG_GRADIENT_ROWS: dict[str, tuple[int, str | None]] = {
+    "1+elu": (3, "1+elu early, 1+elu late"),
+    "Vanilla": (3, None),
+    "NormAttention": (1, "NormAttention, RMSNorm"),
+}
 # What the originals' models have for texts of full length.
 TEXT_SIZES: dict[str, dict[str, int]] = {
     "bigbird": {"block_size": 64},
@@ -241,6 +282,7 @@ TEXT_SIZES: dict[str, dict[str, int]] = {
 }
 # Layers of FLASH, which are attention and feed-forward in one, per layer of the others, bidirectional and causal.
 FLASH_LAYERS = {False: 2, True: 10 / 6}
+GLUE_STEPS = 0.2  # per step of the masked language model
 GLUE_TASKS = ("mnli", "qnli", "qqp", "sst2", "mrpc", "cola")  # MNLI is the matched one
 
 
@@ -272,6 +314,8 @@ def pretrained_settings(
 ) -> dict[str, Any]:
     """The masked language model with this attention; some are shared by Table 2 with 1, 3 and 8 to 12."""
     config = masked_config(size, attention if attention == "t1" else "t2", rows)
+    if rows == ENCODER_ROWS:  # to be fine-tuned: the first token tells little after so few steps
+        config.pooling = "mean"
     return masked_settings(in_vanilla_backbone(config, attention, rows.shrink), size, seed, data["mlm"], rows)
 
 
@@ -289,30 +333,57 @@ def _curve_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
     ]
 
 
+def _causal_config(size: Scale, rows: Rows, variant: str) -> TransNormerConfig:
+    return TransNormerConfig(**_sizes(size, rows.length), **DECODER, variant=variant)
+
+
+def causal_settings(
+    config: TransNormerConfig, size: Scale, seed: int, data: Mapping[str, Any], rows: Rows
+) -> dict[str, Any]:
+    """Causal language modelling; otherwise as `masked_settings`."""
+    settings = masked_settings(config, size, seed, data, rows)
+    training = {name: value for name, value in settings["training"].items() if name not in MASKED_ONLY}
+    return {**settings, "task": "clm", "training": {**training, "block_size": rows.length}}
+
+
 def _causal_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
     cells, rows = [], CAUSAL_ROWS
     for row, attention in CAUSAL_MODELS.items():
-        sizes = _sizes(size, rows.length)
-        config = TransNormerConfig(**sizes, **DECODER, variant=attention if attention == "t1" else "t2")
+        config = _causal_config(size, rows, attention if attention == "t1" else "t2")
         config = in_vanilla_backbone(config, attention, rows.shrink)
-        settings = masked_settings(config, size, seed, data["mlm"], rows)
-        training = {name: value for name, value in settings["training"].items() if name not in MASKED_ONLY}
-        training["block_size"] = rows.length
-        cells.append(
-            Cell(
-                table, row, "", paper.TABLE_4["validation"].get(row), {**settings, "task": "clm", "training": training}
-            )
-        )
+        settings = causal_settings(config, size, seed, data["mlm"], rows)
+        cells.append(Cell(table, row, "", paper.TABLE_4["validation"].get(row), settings))
+    return cells
+
+
+def _long_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
+    """Conclusions of Tables 8 to 10, or 2, again, where distance has to count: causal models, as small encoders need
+    too long to find the neighbours of a masked token in such rows."""
+    cells = []
+    for row, (ablated, name) in (LONG_MODELS if table == "long" else LONG_GRADIENT_ROWS).items():
+        for variant in ("t1", "t2") if table == "long" else ("t2",):
+            config = _causal_config(size, LONG_ROWS, variant)
+            if name is None:
+                config = in_backbone(config, "softmax", LONG_ROWS.shrink, **VANILLA_BACKBONE)
+            else:
+                (ablation,) = (found for found in find_ablations(ablated) if found.row == name)
+                config = ablation_config(config, ablation)
+            settings = causal_settings(config, size, seed, data["mlm"], LONG_ROWS)
+            settings["model"]["block_size"] = LONG_BLOCK
+            known = ablation.perplexity.get(variant) if table == "long" else paper.TABLE_2[row]
+            cells.append(Cell(table, row, variant if table == "long" else "", known, settings))
     return cells
 
 
 def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
-    steps = max(2, size.steps // 2)
+    steps = max(2, round(GLUE_STEPS * size.steps))
     training = {
         "max_steps": steps,
-        "per_device_train_batch_size": 32,
+        "per_device_train_batch_size": 16,
         "max_seq_length": ENCODER_ROWS.length,
-        "learning_rate": 3e-4,
+        "max_train_samples": 32 * steps,
+        "max_eval_samples": TASK_ROWS,
+        "learning_rate": 1e-3,
         "lr_scheduler_type": "linear",
         "warmup_steps": steps // 10,
         "weight_decay": 0.01,
@@ -340,35 +411,39 @@ def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
 def _arena_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
     cells = []
     for name, source in data["lra"].items():
-        task = lra.TASKS[name]
-        length = ARENA_LENGTHS[name]
+        task, small = lra.TASKS[name], ARENA[name]
+        steps = max(2, round(small.steps * size.steps))
         training = {
-            "max_steps": size.steps,
-            "schedule_steps": size.steps,
-            "per_device_train_batch_size": 16,
-            "learning_rate": 1e-3,
-            "warmup_steps": size.steps // 10,
-            "max_length": length,
-            "max_eval_samples": 1000,
-            **({"listops_min_length": length // 4, "listops_max_length": length} if name == "listops" else {}),
-            **({"max_train_samples": 16 * size.steps} if name == "listops" else {}),
+            "max_steps": steps,
+            "schedule_steps": steps,
+            "per_device_train_batch_size": small.batch_size,
+            "learning_rate": 2e-3,
+            "warmup_steps": steps // 10,
+            "max_length": small.length,
+            "max_eval_samples": TASK_ROWS,
+            **small.options,
+            **({"max_train_samples": small.batch_size * steps} if "generated" in source else {}),
         }
         for row, attention in ARENA_MODELS.items():
-            variant = attention if attention == "t1" else "t2"
-            sizes = {**_sizes(size, length), "intermediate_size": 2 * size.width}
-            config = task.config(variant, **sizes)
-            if attention not in ("t1", "t2"):  # in the task's own backbone
-                config = in_backbone(config, attention, task.length // length)
             settings = {
                 "task": "lra",
                 "name": name,
                 "seed": seed,
-                "model": model_settings(config) | {"num_labels": task.num_labels},
+                "model": model_settings(_arena_config(name, attention, size)) | {"num_labels": task.num_labels},
                 "training": training,
-                "data": source,
+                "data": {**source, **ARENA_DATA.get(name, {})},
             }
             cells.append(Cell(table, row, name, paper.TABLE_6[name].get(row), settings))
     return cells
+
+
+def _arena_config(name: str, attention: str, size: Scale) -> TransNormerConfig:
+    """A model of `ARENA_LAYERS` layers, as Skyformer's, in the backbone that the authors have for the task."""
+    small = ARENA[name]
+    sizes = _sizes(size, small.length) | {"num_hidden_layers": ARENA_LAYERS, "intermediate_size": 2 * size.width}
+    variant = attention if attention == "t1" else "t2"
+    config = lra.TASKS[name].config(variant, **sizes, block_size=64 // small.shrink)
+    return config if attention in ("t1", "t2") else in_backbone(config, attention, small.shrink)
 
 
 def _speed_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
@@ -388,6 +463,8 @@ _PLANS: dict[str, Callable[[str, int, Scale, Data], list[Cell]]] = {
     "fig2": _curve_cells,
     "4": _causal_cells,
     "5": _glue_cells,
+    "long": _long_cells,
+    "long2": _long_cells,
     "6": _arena_cells,
     "7": _speed_cells,
     "lln": _log_normal_cells,

@@ -23,6 +23,10 @@ from .reproduction import (
     CURVES,
     GLUE_MODELS,
     GRADIENT_ROWS,
+    LONG_BLOCK,
+    LONG_GRADIENT_ROWS,
+    LONG_MODELS,
+    LONG_ROWS,
     TABLES,
     read_cells,
 )
@@ -42,6 +46,8 @@ TITLES = {
     "10": "Table 10: FFN against GLU",
     "11": "Table 11: block size",
     "12": "Table 12: both attentions in one layer",
+    "long": f"Tables 8 to 10 again: causal models, rows of {LONG_ROWS.length} tokens, blocks of {LONG_BLOCK}",
+    "long2": f"Table 2 again: causal models, rows of {LONG_ROWS.length} tokens",
     "fig2": "Figure 2: locally accumulated attention",
     "lln": "Linear Log-Normal Attention",
 }
@@ -61,21 +67,39 @@ FIGURES = {
     **dict.fromkeys(ABLATION_TABLES, MASKED),
     "2": Figure("relative_deviation", "standard deviation of the gradient's norm over all steps, by its mean"),
     "4": Figure("perplexity", "validation perplexity per token"),
+    "long": Figure("perplexity", "validation perplexity per token"),
+    "long2": Figure(
+        "local_deviation", "standard deviation of the gradient's norm by its mean, the median over windows of 50 steps"
+    ),
     "5": Figure("score", "accuracy, F1 for MRPC, Matthews correlation for CoLA, in percent", True, 100),
     "6": Figure("accuracy", "accuracy in percent", True, 100),
 }
 
 
+ALSO_SHOWN = {
+    "5": {"pretrained_perplexity": "Perplexity of the masked language models"},
+    "long2": {"relative_deviation": "The same over the whole run at once", "perplexity": "Perplexity"},
+}
+
+
 class Claim(NamedTuple):
-    """A conclusion of the paper: in this table, one row is better than another, by `factor` where that is claimed."""
+    """A conclusion of the paper: in this table, one row is better than another, by `factor` where that is claimed.
+
+    column: The only column that it is about; None for each.
+    """
 
     text: str
     table: str
     better: str
     worse: str
     factor: float = 1
+    column: str | None = None
 
 
+AVERAGED = ("5", "6")  # tables whose columns are tasks
+MEAN = "mean"
+GLUE_PAIRS = [("T1", row) for row in ("Vanilla", "LS", "FLASH-quad", "FLASH", "1+elu", "Performer", "T2")]
+ARENA_PAIRS = [("T2", row) for row in ("Transformer", "Performer", "cosFormer", "FLASH", "T1")]
 CLAIMS = (
     Claim("Removing the scaling without a norm blows up", "1", "1+elu with scaling", "1+elu, scaling removed", 2),
     Claim("NormAttention repairs it", "1", "NormAttention, RMSNorm", "1+elu, scaling removed", 2),
@@ -90,8 +114,8 @@ CLAIMS = (
     Claim("T2 is better than FLASH-quad as a causal model", "4", "T2", "FLASH-quad"),
     Claim("T2 is better than FLASH as a causal model", "4", "T2", "FLASH"),
     Claim("T2 is better than Performer as a causal model", "4", "T2", "Performer"),
-    Claim("T2 is better than the Transformer on long texts", "6", "T2", "Transformer"),
-    Claim("T2 is better than Performer on long texts", "6", "T2", "Performer"),
+    *(Claim(f"{mine} is better than {row} on GLUE", "5", mine, row, column=MEAN) for mine, row in GLUE_PAIRS),
+    *(Claim(f"{mine} is better than {row} on long texts", "6", mine, row, column=MEAN) for mine, row in ARENA_PAIRS),
     Claim("Half Diag is better than none", "8", "50 % Diag", "0 % Diag"),
     Claim("Half Diag is better than Diag alone", "8", "50 % Diag", "100 % Diag"),
     Claim("Diag to Norm beats Norm to Diag", "9", "Diag early, Norm late", "Norm early, Diag late"),
@@ -100,6 +124,12 @@ CLAIMS = (
     Claim("Larger blocks help, 128 over 64", "11", "block 128", "block 64"),
     Claim("In turn by depth is better than chained", "12", "in turn by depth", "chained, Diag to Norm"),
     Claim("Parallel is better than in turn by depth", "12", "parallel", "in turn by depth"),
+    Claim("Half Diag is better than none, in long rows", "long", "50 % Diag", "0 % Diag"),
+    Claim("Half Diag is better than Diag alone, in long rows", "long", "50 % Diag", "100 % Diag"),
+    Claim("Diag to Norm beats Norm to Diag, in long rows", "long", "50 % Diag", "Norm early, Diag late"),
+    Claim("GLU beats FFN, in long rows", "long", "50 % Diag", "FFN"),
+    Claim("NormAttention's gradients are steadier than 1+elu's, in long rows", "long2", "NormAttention", "1+elu"),
+    Claim("Vanilla attention's gradients are steadier than 1+elu's, in long rows", "long2", "Vanilla", "1+elu"),
 )
 
 
@@ -129,6 +159,32 @@ def values_by_seed(results: Iterable[Result], table: str, row: str, column: str)
 
 def _place(result: Result) -> tuple[str, str, str]:
     return result["table"], result["row"], result["column"]
+
+
+def time_of(result: Result) -> float:
+    """Seconds that a run took: of work, or by the clock where the cell does not tell the former."""
+    return result.get("cpu_seconds", result["seconds"])
+
+
+def with_means(results: Sequence[Result]) -> list[Result]:
+    """The results, and the mean over its columns for each row and seed of Tables 5 and 6 that has all of them.
+
+    The paper's mean is that of the same columns, where all of its figures are known.
+    """
+    added: list[Result] = []
+    for table in AVERAGED:
+        mine = [result for result in results if result["table"] == table]
+        columns = set(dict.fromkeys(result["column"] for result in mine))
+        for row, seed in dict.fromkeys((result["row"], result["seed"]) for result in mine):
+            cells = [result for result in mine if (result["row"], result["seed"]) == (row, seed)]
+            values = [value for result in cells if (value := value_of(result)) is not None]
+            if len(values) < len(columns) or len(columns) < 2:
+                continue
+            figure, papers = FIGURES[table], [result["paper"] for result in cells]
+            known = None if None in papers else round(mean(papers), 2)
+            place = {"table": table, "row": row, "column": MEAN, "seed": seed, "paper": known, "status": "done"}
+            added.append({**place, "figures": {figure.name: mean(values) / figure.factor}, "settings": {}})
+    return [*results, *added]
 
 
 def mean(values: Iterable[float]) -> float:
@@ -187,6 +243,8 @@ def conclusions(results: Sequence[Result]) -> list[str]:
     sentences = []
     for claim in CLAIMS:
         columns = dict.fromkeys(result["column"] for result in results if result["table"] == claim.table)
+        if claim.column is not None:
+            columns = dict.fromkeys(column for column in columns if column == claim.column)
         judged = [sentence for column in columns if (sentence := judge(claim, column, results)) is not None]
         sentences += judged or [f"{claim.text}: not run."]
     return sentences
@@ -226,7 +284,7 @@ def describe_skyformer(results: Sequence[Result]) -> list[str]:
     """The figures of the rows that another paper has, by column."""
     rows = dict.fromkeys(result["row"] for result in results)
     lines = []
-    for column in dict.fromkeys(result["column"] for result in results):
+    for column in dict.fromkeys(result["column"] for result in results if result["column"] != MEAN):
         known = paper.SKYFORMER_TABLE_1[column]
         lines += [f"{column.upper()} {', '.join(f'{row} {known[row]:g}' for row in rows if row in known)}"]
     if not set(rows) & set(known):
@@ -234,13 +292,57 @@ def describe_skyformer(results: Sequence[Result]) -> list[str]:
     return [f"In Table 1 of Skyformer's paper, with models of its own: {'; '.join(lines)}."]
 
 
+def describe_chance(results: Sequence[Result]) -> list[str]:
+    """For each task, the share of the largest class, and the rows that are within two standard errors of it."""
+    lines = []
+    for column in dict.fromkeys(result["column"] for result in results):
+        here = [result for result in results if result["column"] == column and "largest_class" in result["figures"]]
+        if not here:
+            continue
+        share, count = (here[0]["figures"][name] for name in ("largest_class", "rows"))
+        limit = 100 * (share + 2 * math.sqrt(share * (1 - share) / count))
+        rows = row_order("6", here)
+        low = [row for row in rows if max(values_by_seed(here, "6", row, column).values()) < limit]
+        text = f"{column.upper()}: the largest class has {100 * share:.1f} % of {count} rows"
+        if low:
+            listed = "all" if low == rows else ", ".join(low)
+            text += f"; at its level, below {limit:.1f} %: {listed}"
+        lines.append(f"- {text}.")
+    return ["\n".join(lines)] if lines else []
+
+
+def describe_figure(results: Sequence[Result], name: str, title: str) -> list[str]:
+    """Another figure of a table's runs by row, its mean over seeds."""
+    rows = {}
+    for row in row_order(results[0]["table"], results):
+        by_seed = {
+            r["seed"]: r["figures"][name] for r in results if r["row"] == row and r["figures"].get(name) is not None
+        }
+        if by_seed:
+            rows[row] = number(mean(by_seed.values()))
+    return [f"{title}: {', '.join(f'{row} {value}' for row, value in rows.items())}."] if rows else []
+
+
+def describe_time(results: Sequence[Result]) -> str:
+    """Core-hours of all runs, each counted once, by table."""
+    hours: dict[str, float] = {}
+    for result in results:
+        if "trained_for" not in result:
+            hours[result["table"]] = hours.get(result["table"], 0.0) + time_of(result) / 3600
+    listed = ", ".join(f"{table} {hours[table]:.2f}" for table in TABLES if table in hours)
+    return f"Core-hours by table: {listed}; together {sum(hours.values()):.1f}."
+
+
 def describe_steps(results: Sequence[Result]) -> str | None:
-    """How long each row of a table was trained; None if all were trained equally long."""
+    """How long each row of a table was trained; None if all rows of each column were trained equally long."""
     steps: dict[str, set[int]] = {}
+    by_column: dict[str, set[int]] = {}
     for result in results:
         if "training" in result["settings"]:
-            steps.setdefault(result["row"], set()).add(result["settings"]["training"]["max_steps"])
-    if len(set().union(*steps.values())) < 2:
+            count = result["settings"]["training"]["max_steps"]
+            steps.setdefault(result["row"], set()).add(count)
+            by_column.setdefault(result["column"], set()).add(count)
+    if all(len(counts) < 2 for counts in by_column.values()):
         return None
     listed = (f"{row}: {' and '.join(map(str, sorted(counts)))}" for row, counts in steps.items())
     return f"Rows differ in their steps of training: {', '.join(listed)}."
@@ -267,9 +369,11 @@ def draw(folder: Path) -> None:
 def markdown(results: Sequence[Result], images: Sequence[str] = ()) -> str:
     """The report. `images` are the names of the figures beside it."""
     parts = ["# The tables of the paper at laptop scale", INTRODUCTION, *describe_settings(results)]
-    parts += ["## Conclusions", "\n".join(f"- {sentence}" for sentence in conclusions(results))]
+    parts += [describe_time(results)]
+    averaged = with_means(results)
+    parts += ["## Conclusions", "\n".join(f"- {sentence}" for sentence in conclusions(averaged))]
     for table in TABLES:
-        mine = [result for result in results if result["table"] == table]
+        mine = [result for result in averaged if result["table"] == table]
         if not mine:
             continue
         parts.append(f"## {TITLES[table]}")
@@ -279,7 +383,9 @@ def markdown(results: Sequence[Result], images: Sequence[str] = ()) -> str:
             orders = [text for column in columns if (text := describe_order(table, column, mine)) is not None]
             parts += ["\n".join(f"- {text}" for text in orders)] if orders else []
             parts += [describe_blocks(mine)] if table == "11" else []
-            parts += describe_skyformer(mine) if table == "6" else []
+            parts += [*describe_chance(mine), *describe_skyformer(mine)] if table == "6" else []
+            for name, title in ALSO_SHOWN.get(table, {}).items():
+                parts += describe_figure(mine, name, title)
         else:
             parts += OTHER_TABLES[table](mine)
         if (steps := describe_steps(mine)) is not None:
@@ -307,7 +413,7 @@ def describe_settings(results: Sequence[Result]) -> list[str]:
             if str(value) not in values.setdefault(name, []):
                 values[name].append(str(value))
         shown = [f"{name.rpartition('.')[2]} {' or '.join(values[name])}" for name in SHOWN if name in values]
-        seconds = [result["seconds"] for result in results if result["settings"]["task"] == kind]
+        seconds = [time_of(result) for result in results if result["settings"]["task"] == kind]
         lines.append(f"- {KINDS[kind]}: {', '.join([*shown, f'{statistics.median(seconds):.0f} s a cell'])}.")
     return ["\n".join(lines)]
 
@@ -339,13 +445,22 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return pairs
 
 
+ROWS: dict[str, Iterable[str]] = {
+    **{table: [row.row for row in find_ablations(int(table))] for table in ABLATION_TABLES},
+    "2": GRADIENT_ROWS,
+    "4": CAUSAL_MODELS,
+    "5": GLUE_MODELS,
+    "6": ARENA_MODELS,
+    "long": LONG_MODELS,
+    "long2": LONG_GRADIENT_ROWS,
+    "fig2": CURVES,
+}
+
+
 def row_order(table: str, results: Sequence[Result]) -> list[str]:
     """The rows of a table, in the order of the paper."""
-    present = dict.fromkeys(result["row"] for result in results)
-    if table in ABLATION_TABLES:
-        return [row.row for row in find_ablations(int(table)) if row.row in present]
-    known = {"2": GRADIENT_ROWS, "4": CAUSAL_MODELS, "5": GLUE_MODELS, "6": ARENA_MODELS, "fig2": CURVES}[table]
-    return [row for row in known if row in present]
+    present = {result["row"] for result in results}
+    return [row for row in ROWS[table] if row in present]
 
 
 def draw_table(table: str, results: Sequence[Result]) -> str:

@@ -1,0 +1,60 @@
+"""Data of the small tables that neither the Hub nor a file has: pairs of texts, smaller pictures, and recall.
+
+All are generated from a seed, the same for the same seed. Rows are those of `tasks.lra.read_rows`.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+SUBJECTS, SUBJECT_WORDS, COMMON_WORDS = 12, 10, 120
+LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
+
+
+def generate_retrieval(number: int, seed: int, length: int, subject_share: float = 0.4) -> Iterator[dict[str, Any]]:
+    """Pairs of texts of `length` bytes, with label 1 where both are about one subject.
+
+    A stand-in for the Arena's Retrieval, whose papers (ACL Anthology Network) cannot be had here: none of this is its
+    data. A text is invented words of two to five letters. `subject_share` of them are drawn from the ten words of its
+    subject, the others from words that all texts share; the vocabulary is the same for every seed.
+    """
+    subjects, common = retrieval_words()
+    rng = np.random.default_rng((seed, 1))
+
+    def text(subject: int) -> str:
+        words: list[str] = []
+        while sum(map(len, words)) + len(words) <= length:
+            words.append(str(rng.choice(subjects[subject] if rng.random() < subject_share else common)))
+        return " ".join(words)[:length]
+
+    for _ in range(number):
+        label = int(rng.integers(2))
+        first = int(rng.integers(SUBJECTS))
+        second = first if label else (first + 1 + int(rng.integers(SUBJECTS - 1))) % SUBJECTS
+        yield {"text1": text(first), "text2": text(second), "label": label}
+
+
+def retrieval_words() -> tuple[list[list[str]], list[str]]:
+    """The words of each subject, and those that all texts share."""
+    rng = np.random.default_rng(0)
+    words = [
+        rng.choice(LETTERS, rng.integers(2, 6)).tobytes().decode()
+        for _ in range(SUBJECTS * SUBJECT_WORDS + COMMON_WORDS)
+    ]
+    own = [words[first : first + SUBJECT_WORDS] for first in range(0, SUBJECTS * SUBJECT_WORDS, SUBJECT_WORDS)]
+    return own, words[SUBJECTS * SUBJECT_WORDS :]
+
+
+def shrink_image(pixels: np.ndarray, side: int) -> list[int]:
+    """Grey values of a square picture, row by row, as those of `side` rows and columns: the means of its squares.
+
+    Raises:
+        ValueError: the picture cannot be cut into so many equal squares.
+    """
+    full = math.isqrt(len(pixels))
+    if full**2 != len(pixels) or full % side:
+        raise ValueError(f"side={side}: a picture of {len(pixels)} pixels has no {side} x {side} equal squares.")
+    squares = pixels.reshape(side, full // side, side, full // side)
+    return squares.mean((1, 3)).round().astype(int).reshape(-1).tolist()
