@@ -522,7 +522,7 @@ def small_images(split: str, files: Mapping[str, Path], side: int) -> Iterator[d
 def run_speed(options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str, folder: Path) -> dict[str, Any]:
     """Table 7 is measured by `benchmark_model.py --table7`."""
     lengths = ",".join(map(str, settings["lengths"]))
-    flags = ["--table7", "--lengths", lengths, "--max_minutes", str(settings["max_minutes"])]
+    flags = ["--table7", "--lengths", lengths, *(f"--{name}={settings[name]}" for name in ("repeats", "max_minutes"))]
     report = benchmark_model.main([*flags, "--output_dir", str(folder)])
     timed = [row for row in report["results"] if "steps_per_second" in row]
     kept = ("model", "length", "steps_per_second", "peak_bytes")

@@ -1,5 +1,6 @@
 """scripts/reproduce.py: cells run once, whatever becomes of them, and sentences that follow the numbers."""
 
+import argparse
 import json
 import math
 
@@ -241,6 +242,39 @@ def test_bad_arguments_are_named_with_what_would_work(flags, message, tmp_path, 
 def test_there_must_be_something_to_draw(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no cells to draw: run some first"):
         reproduce.main(["--only_draw", "--output_dir", str(tmp_path)])
+
+
+def test_pairs_of_texts_are_framed_as_robertas_are(tmp_path):
+    plain = reproduce.train_tokenizer(["a good film, a bad film"] * 4)
+    plain.save_pretrained(tmp_path / "plain")
+    framed = reproduce.AutoTokenizer.from_pretrained(reproduce.write_pair_tokenizer(str(tmp_path / "plain"), tmp_path))
+    first, second = (plain(text)["input_ids"] for text in ("a good film", "a bad film"))
+    start, end = plain.bos_token_id, plain.eos_token_id
+    assert framed("a good film")["input_ids"] == [start, *first, end]
+    assert framed("a good film", "a bad film")["input_ids"] == [start, *first, end, end, *second, end]
+    assert framed.num_special_tokens_to_add(pair=True) == 4
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_rows_of_small_pictures_and_pairs_are_written_once(tmp_path, given):
+    pixels = tmp_path / "image.jsonl"
+    pixels.write_text(json.dumps({"pixels": [4 * (n // 32 % 2) for n in range(1024)], "label": 7}) + "\n")
+    options = argparse.Namespace(output_dir=tmp_path, image_files=(pixels, pixels), retrieval_files=None)
+    if given:
+        options.retrieval_files = (pixels, pixels)
+    cells = plan_cells(["6"], [1], scale(0.25), DATA)
+    settings = {cell.column: cell.settings for cell in cells if cell.row == "T2"}
+    files = reproduce.arena_files(options, settings["image"])
+    assert json.loads(files["train_file"].read_text()) == {"pixels": [2] * 256, "label": 7}
+    pairs = reproduce.arena_files(options, settings["retrieval"])
+    if given:
+        assert pairs == {"train_file": pixels, "validation_file": pixels}
+        return
+    lengths = [len(pairs[name].read_text().splitlines()) for name in ("train_file", "validation_file")]
+    assert lengths == [16 * 200, 1000]  # a batch a step
+    before = pairs["train_file"].stat().st_mtime_ns
+    assert reproduce.arena_files(options, settings["retrieval"]) == pairs
+    assert pairs["train_file"].stat().st_mtime_ns == before
 
 
 # ---- Planning ----
@@ -541,6 +575,27 @@ def test_growth_is_a_power_of_the_length():
     assert text.count("| vanilla | 0.954 | 0.238 | 0.106 | 0.0381 | n^2.00 |") == 2
     assert text.count("| 1+elu | 1 | 2 | 3 | 5 | n^1.00 |") == 2
     assert text.count("| T2, paper (A6000) | 29.41 | – | 12.95 |") == 1
+
+
+def test_speed_is_judged_at_every_length():
+    def rows(**models):
+        return [
+            {"model": model, "length": n, "steps_per_second": steps}
+            for model, values in models.items()
+            for n, steps in zip((1024, 5120), values, strict=True)
+        ]
+
+    t2 = {"transnormer-t2-bidirectional": (2.0, 0.5)}
+    text = reproduction_report.describe_speed(
+        rows(**t2, vanilla=(1.0, 0.1), performer=(1.6, 0.6), flash=(4, 1)), "training"
+    )
+    assert text == [
+        "T2 is faster than Transformer in training: **holds** (ratio 2.00 at 1024, 5.00 at 5120).",
+        "T2 is faster than Performer in training: **depends on the length** (ratio 1.25 at 1024, 0.83 at 5120).",
+        "T2 is faster than FLASH in training: **does not hold** (ratio 0.50 at 1024, 0.50 at 5120).",
+    ]
+    (text,) = reproduction_report.describe_speed(rows(**t2, vanilla=(1.99, 0.1)), "inference")
+    assert "**depends on the length**" in text  # a ratio of 1.005 says nothing
 
 
 def test_another_papers_figures_are_named_as_such():

@@ -447,7 +447,8 @@ def _arena_config(name: str, attention: str, size: Scale) -> TransNormerConfig:
 
 
 def _speed_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
-    settings = {"task": "speed", "seed": seed, "lengths": [1024, 2048, 3072, 4096, 5120], "max_minutes": 45}
+    lengths = [1024, 2048, 3072, 4096, 5120]
+    settings = {"task": "speed", "seed": seed, "lengths": lengths, "repeats": 1, "max_minutes": 90}
     return [Cell(table, "steps per second", "", None, settings)]
 
 

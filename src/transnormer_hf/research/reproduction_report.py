@@ -513,6 +513,7 @@ def draw_speed(results: Sequence[Result]) -> list[str]:
         parts += [
             f"{task.capitalize()}, steps per second, and the power of the length n by which a step's time grows.",
             markdown_table(["", *map(str, lengths), "time"], lines),
+            "\n".join(f"- {sentence}" for sentence in describe_speed(rows, task)),
         ]
         lines = [
             [model, *(f"{peak[n] / 1e6:,.0f}" if n in peak else "–" for n in lengths), exponent(peak)]
@@ -523,6 +524,25 @@ def draw_speed(results: Sequence[Result]) -> list[str]:
             markdown_table(["", *map(str, lengths), "memory"], lines),
         ]
     return parts
+
+
+FASTER_THAN = {"Transformer": "vanilla", "Performer": "performer", "FLASH": "flash", "1+elu": "1+elu"}
+
+
+def describe_speed(rows: Sequence[Mapping[str, Any]], task: str) -> list[str]:
+    """Whether T2 is faster than a row, as in the paper, by length; ratios within 2 % of 1 count for neither."""
+    steps = by_length(rows, "steps_per_second")
+    mine = steps.get("transnormer-t2-bidirectional", {})
+    sentences = []
+    for name, model in FASTER_THAN.items():
+        ratios = {n: mine[n] / steps[model][n] for n in sorted(mine) if n in steps.get(model, {})}
+        if not ratios:
+            continue
+        signs = [(ratio > 1 + TOO_SMALL) - (ratio < 1 - TOO_SMALL) for ratio in ratios.values()]
+        verdict = "holds" if min(signs) > 0 else "does not hold" if max(signs) < 0 else "depends on the length"
+        listed = ", ".join(f"{ratio:.2f} at {n}" for n, ratio in ratios.items())
+        sentences.append(f"T2 is faster than {name} in {task}: **{verdict}** (ratio {listed}).")
+    return sentences
 
 
 def by_length(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, dict[int, float]]:
