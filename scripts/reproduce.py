@@ -71,7 +71,7 @@ from transnormer_hf.research.reproduction import (
     write_cell,
 )
 from transnormer_hf.research.reproduction_report import draw, time_of
-from transnormer_hf.research.reproduction_tasks import generate_retrieval, shrink_image
+from transnormer_hf.research.reproduction_tasks import generate_retrieval, generate_small_pathfinder, shrink_image
 from transnormer_hf.tasks import lra
 from transnormer_hf.tasks.glue import HUB_DATASET, GlueTask, get_task
 from transnormer_hf.training.files import write_atomically
@@ -493,22 +493,26 @@ def run_arena(options: argparse.Namespace, settings: Mapping[str, Any], tokenize
 def arena_files(options: argparse.Namespace, settings: Mapping[str, Any]) -> dict[str, Path]:
     """The files of rows that a task is given; what is made for these tables is written once."""
     name, data = settings["name"], settings["data"]
-    given = getattr(options, f"{name}_files") or ()
-    if name not in ARENA_DATA or (name == "retrieval" and given):
-        return dict(zip(("train_file", "validation_file"), given, strict=False))
+    given = dict(zip(("train", "validation"), getattr(options, f"{name}_files") or (), strict=False))
+    if name not in ARENA_DATA or (given and name != "image"):
+        return {f"{split}_file": file for split, file in given.items()}
     files = {}
     for split, number in (("train", "max_train_samples"), ("validation", "max_eval_samples")):
         limit = settings["training"].get(number)
         path = options.output_dir / "arena" / f"{name}-{split}-{settings_key({**data, 'rows': limit})}.jsonl"
         if not path.is_file():
-            if name == "retrieval":
-                seed = ("train", "validation").index(split)
-                rows = generate_retrieval(limit, seed, data["bytes"], data["subject_share"])
-            else:
-                rows = small_images(split, dict(zip(("train", "validation"), given, strict=False)), data["side"])
+            rows = small_images(split, given, data["side"]) if name == "image" else make_rows(name, split, limit, data)
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
         files[f"{split}_file"] = path
     return files
+
+
+def make_rows(name: str, split: str, number: int, data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Generated rows of Retrieval or Pathfinder; each split has a seed of its own."""
+    seed = ("train", "validation").index(split)
+    if name == "retrieval":
+        return generate_retrieval(number, seed, data["bytes"], data["subject_share"])
+    return generate_small_pathfinder(number, seed, data["drawn"], data["side"])
 
 
 def small_images(split: str, files: Mapping[str, Path], side: int) -> Iterator[dict[str, Any]]:

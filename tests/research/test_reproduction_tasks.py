@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from transnormer_hf.research.reproduction_tasks import generate_retrieval, retrieval_words, shrink_image
+from transnormer_hf.research.reproduction_tasks import (
+    generate_retrieval,
+    generate_small_pathfinder,
+    retrieval_words,
+    shrink_image,
+)
+from transnormer_hf.tasks.pathfinder import DOT, generate_pathfinder
 
 TEXTS = ("text1", "text2")
 
@@ -49,3 +55,14 @@ def test_a_small_picture_is_the_mean_of_squares():
     assert shrink_image(pixels * 2, 2) == [5, 9, 21, 25]  # 2 · (0 + 1 + 4 + 5) / 4 and so on
     with pytest.raises(ValueError, match=r"side=3: a picture of 16 pixels has no 3 x 3 equal squares"):
         shrink_image(pixels, 3)
+
+
+def test_a_small_path_keeps_its_dots_its_ink_and_its_label():
+    large = list(generate_pathfinder(20, seed=5, size=32))
+    for (image, label), row in zip(large, generate_small_pathfinder(20, seed=5, size=32, side=16), strict=True):
+        small = np.array(row["pixels"]).reshape(16, 16)
+        assert row["label"] == label
+        for place in np.argwhere(image):
+            assert small[tuple(place // 2)] >= image[tuple(place)]
+        assert (small > 0).sum() <= (image > 0).sum()
+        assert (small == DOT).sum() >= 2 * 4  # two dots of 3 x 3 pixels, which touch 2 x 2 or 3 x 3 squares

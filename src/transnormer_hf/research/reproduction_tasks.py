@@ -1,11 +1,13 @@
 """Data of the small Table 6 that neither the Hub nor a file has: pairs of texts, and smaller pictures."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import numpy as np
+
+from ..tasks.pathfinder import generate_pathfinder
 
 SUBJECTS, SUBJECT_WORDS, COMMON_WORDS = 6, 10, 120
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
@@ -47,8 +49,19 @@ def retrieval_words() -> tuple[list[list[str]], list[str]]:
     return own, words[SUBJECTS * SUBJECT_WORDS :]
 
 
-def shrink_image(pixels: np.ndarray, side: int) -> list[int]:
-    """Grey values of a square picture, row by row, as those of `side` rows and columns: the means of its squares.
+def generate_small_pathfinder(number: int, seed: int, size: int, side: int) -> Iterator[dict[str, Any]]:
+    """Pathfinder images drawn at `size` rows and columns and shrunk to `side`, each pixel the brightest of its square,
+    so that dots and dashes stay whole.
+
+    Ends of one path lie nearer to each other than those of two: the distance of the dots alone tells 72 % of the
+    labels (1,500 images, either size of 24 and 32). Only what is above that has followed a path.
+    """
+    for image, label in generate_pathfinder(number, seed, size):
+        yield {"pixels": shrink_image(image.reshape(-1), side, np.max), "label": label}
+
+
+def shrink_image(pixels: np.ndarray, side: int, of_square: Callable[..., np.ndarray] = np.mean) -> list[int]:
+    """Grey values of a square picture, row by row, as those of `side` rows and columns, one for each of its squares.
 
     Raises:
         ValueError: the picture cannot be cut into so many equal squares.
@@ -57,4 +70,4 @@ def shrink_image(pixels: np.ndarray, side: int) -> list[int]:
     if full**2 != len(pixels) or full % side:
         raise ValueError(f"side={side}: a picture of {len(pixels)} pixels has no {side} x {side} equal squares.")
     squares = pixels.reshape(side, full // side, side, full // side)
-    return squares.mean((1, 3)).round().astype(int).reshape(-1).tolist()
+    return of_square(squares, axis=(1, 3)).round().astype(int).reshape(-1).tolist()
