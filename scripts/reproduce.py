@@ -36,6 +36,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -53,6 +54,7 @@ from transnormer_hf.hub.model_card import package_versions
 from transnormer_hf.research.baselines import MIXERS
 from transnormer_hf.research.diagnostics import GradientDeviationCallback, attention_report
 from transnormer_hf.research.diagnostics.log_normal import compare_concentration, compare_memory, log_normal_error
+from transnormer_hf.research.diagnostics.score_gradients import score_gradients
 from transnormer_hf.research.reproduction import (
     ABLATION_TABLES,
     ARENA_DATA,
@@ -376,6 +378,9 @@ def run_language_model(
         return {"status": "diverged", "diverged": diverged, "figures": figures}
     if is_masked and all(MIXERS[name].has_map for name in settings["model"]["layer_types"] if name in MIXERS):
         figures["attention"] = measure_attention(options, folder / "run", settings["training"]["max_seq_length"])
+    if not is_masked and set(settings["model"]["layer_types"]) <= {"1+elu", "softmax"}:
+        found = measure_score_gradients(options, folder / "run", settings["training"]["block_size"])
+        figures |= {f"{name}_score_gradient": value for name, value in found.items()}
     return {"status": "done", "figures": figures}
 
 
@@ -423,6 +428,16 @@ def measure_attention(options: argparse.Namespace, folder: Path, length: int) ->
     report = attention_report(AutoModelForMaskedLM.from_pretrained(folder), inputs, edge="shift")
     kept = ("kind", "curve", "entropy", "spectral_gap")
     return {"ratios": report.ratios, "layers": [{name: layer[name] for name in kept} for layer in report.layers]}
+
+
+def measure_score_gradients(options: argparse.Namespace, folder: Path, length: int) -> dict[str, float]:
+    """How far attention weights move with their scores, on the first validation texts of a whole row."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    documents = (tokenizer(text)["input_ids"] for text in text_source(options, "validation").documents())
+    rows = list(islice((ids[:length] for ids in documents if len(ids) >= length), MEASURED_TEXTS))
+    if not rows:
+        return {}
+    return score_gradients(AutoModelForCausalLM.from_pretrained(folder).eval(), torch.tensor(rows))
 
 
 def run_classifier(

@@ -494,6 +494,21 @@ def test_what_learns_no_more_than_the_classes_shares_is_named():
     assert text == "- TEXT: the largest class has 50.0 % of 400 rows."
 
 
+def test_other_figures_of_a_run_are_listed_by_row():
+    results = [
+        result("long2", row, 0.1, column="", seed=seed)
+        for row, seed in (("Vanilla", 1), ("1+elu", 1), ("1+elu", 2), ("NormAttention", 1))
+    ]
+    for cell, largest in zip(results, (0.25, 0.02, 0.03), strict=False):
+        cell["figures"]["largest_score_gradient"] = largest
+    (text,) = reproduction_report.describe_figure(results, "largest_score_gradient", "Largest")
+    assert text == "Largest: 1+elu 0.025, Vanilla 0.25."
+    assert text.replace(
+        "Largest:", "Largest gradient of an attention weight by a score, of the trained model:"
+    ) in markdown(results)
+    assert reproduction_report.describe_figure(results, "perplexity", "Perplexity") == []
+
+
 def test_core_hours_count_each_run_once_and_work_before_the_clock():
     results = of_seeds([1.0], [2.0])  # 3 seconds by the clock each
     results[0] |= {"cpu_seconds": 7200.0}

@@ -78,7 +78,12 @@ FIGURES = {
 
 ALSO_SHOWN = {
     "5": {"pretrained_perplexity": "Perplexity of the masked language models"},
-    "long2": {"relative_deviation": "The same over the whole run at once", "perplexity": "Perplexity"},
+    "long2": {
+        "relative_deviation": "The same over the whole run at once",
+        "largest_score_gradient": "Largest gradient of an attention weight by a score, of the trained model",
+        "median_score_gradient": "Median over tokens of the largest such gradient",
+        "perplexity": "Perplexity",
+    },
 }
 
 
