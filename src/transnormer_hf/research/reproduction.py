@@ -286,7 +286,7 @@ TEXT_SIZES: dict[str, dict[str, int]] = {
 }
 # Layers of FLASH, which are attention and feed-forward in one, per layer of the others, bidirectional and causal.
 FLASH_LAYERS = {False: 2, True: 10 / 6}
-GLUE_STEPS = 0.2  # per step of the masked language model
+GLUE_STEPS = 0.16  # per step of the masked language model
 GLUE_TASKS = ("mnli", "qnli", "qqp", "sst2", "mrpc", "cola")  # MNLI is the matched one
 
 
@@ -383,11 +383,11 @@ def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
     steps = max(2, round(GLUE_STEPS * size.steps))
     training = {
         "max_steps": steps,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 32,
         "max_seq_length": ENCODER_ROWS.length,
         "max_train_samples": 32 * steps,
         "max_eval_samples": TASK_ROWS,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "lr_scheduler_type": "linear",
         "warmup_steps": steps // 10,
         "weight_decay": 0.01,
