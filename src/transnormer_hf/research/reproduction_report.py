@@ -644,7 +644,7 @@ IMAGES = {
     "fig2": "accumulated_attention",
     "lln": "log_normal",
     "7": "speed",
-    **{table: f"table{table}." for table in ABLATION_TABLES},
+    **{table: f"table{table}." for table in (*ABLATION_TABLES, "4", "long")},
 }
 
 
@@ -721,6 +721,9 @@ def _plot_speed(canvas: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     memory_axes.set(ylabel="peak memory, MB")
     for axes in (time_axes, memory_axes):
         axes.set(xlabel="tokens", xscale="log", yscale="log")
+        lengths = sorted({row["length"] for row in rows})
+        axes.set_xticks(lengths, [f"{length / 1024:g}K" for length in lengths])
+        axes.tick_params(axis="x", which="minor", labelbottom=False)
         axes.grid(alpha=0.3, which="both")
     memory_axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 

@@ -28,6 +28,7 @@ def score_gradients(model: nn.Module, input_ids: torch.Tensor) -> dict[str, floa
     def look(mixer: Mixer, inputs: tuple) -> None:
         query, key, _, metadata, causal = inputs
         weights = mixer.attention_map(query, key, metadata, causal)  # (batch, heads, seq, seq)
+        assert weights is not None  # both kinds have a map
         visible = torch.ones(weights.shape[-2:], dtype=torch.bool)
         visible = visible.tril() if causal else visible
         if isinstance(mixer, FeatureMixer):
