@@ -450,7 +450,8 @@ def of_table_6(values):
     """Results of Table 6 by row, task and seed."""
     found = []
     for (row, task, seed), value in values.items():
-        cell = result("6", row, value, column=task, seed=seed, paper=paper.TABLE_6[task].get(row))
+        settings = {"task": "lra", "training": {"max_length": 64, "max_steps": 2}, "data": {}}
+        cell = result("6", row, value, task, seed, paper.TABLE_6[task].get(row), settings=settings)
         cell["figures"] |= {"largest_class": 0.5, "rows": 400}
         found.append(cell)
     return found
@@ -507,6 +508,25 @@ def test_other_figures_of_a_run_are_listed_by_row():
         "Largest:", "Largest gradient of an attention weight by a score, of the trained model:"
     ) in markdown(results)
     assert reproduction_report.describe_figure(results, "perplexity", "Perplexity") == []
+
+
+def test_rows_that_are_missing_are_named():
+    values = {(row, "text", 1): 0.5 for row in reproduction.ARENA_MODELS}
+    values |= {(row, "image", 1): 0.5 for row in reproduction.ARENA_MODELS if row != "T2"}
+    results = of_table_6(values)
+    assert reproduction_report.describe_missing("6", results) == ["Not run, or not in every column: T2."]
+    whole = of_table_6(values | {("T2", "image", 1): 0.5})
+    assert reproduction_report.describe_missing("6", reproduction_report.with_means(whole)) == []
+
+
+def test_table_6_says_how_long_its_rows_are_and_which_are_generated():
+    cells = [cell for cell in plan_cells(["6"], [1], scale(0.25), DATA) if cell.row == "T2"]
+    results = [result("6", "T2", 0.5, column=cell.column, settings=cell.settings) for cell in cells]
+    (text,) = reproduction_report.describe_tasks(results)
+    assert text == (
+        "Tokens of a row at most: LISTOPS 128 (generated), RETRIEVAL 256 (generated), IMAGE 256."
+        " Retrieval is a stand-in for the Arena's, pairs of texts of invented words."
+    )
 
 
 def test_core_hours_count_each_run_once_and_work_before_the_clock():

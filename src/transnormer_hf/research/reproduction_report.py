@@ -328,6 +328,29 @@ def describe_figure(results: Sequence[Result], name: str, title: str) -> list[st
     return [f"{title}: {', '.join(f'{row} {value}' for row, value in rows.items())}."] if rows else []
 
 
+def describe_missing(table: str, results: Sequence[Result]) -> list[str]:
+    """The rows of a table that have not been run, or not in every column of the others."""
+    columns = {result["column"] for result in results} - {MEAN}
+    found = {(result["row"], result["column"]) for result in results}
+    missing = [row for row in ROWS[table] if any((row, column) not in found for column in columns)]
+    return [f"Not run, or not in every column: {', '.join(missing)}."] if missing else []
+
+
+def describe_tasks(results: Sequence[Result]) -> list[str]:
+    """Tokens of a row in each task of Table 6, and where the rows come from if they are no files."""
+    lines = []
+    for column in dict.fromkeys(result["column"] for result in results if result["settings"]):
+        settings = next(result["settings"] for result in results if result["column"] == column)
+        origin = settings["data"].get("dataset", "generated" if "generated" in settings["data"] else "")
+        lines.append(f"{column.upper()} {settings['training']['max_length']}{origin and f' ({origin})'}")
+    text = f"Tokens of a row at most: {', '.join(lines)}."
+    if any(result["column"] == "retrieval" for result in results):
+        text += " Retrieval is a stand-in for the Arena's, pairs of texts of invented words."
+    if any(result["column"] == "pathfinder" for result in results):
+        text += " The distance between its dots alone tells 72 % of Pathfinder's labels."
+    return [text]
+
+
 def describe_time(results: Sequence[Result]) -> str:
     """Core-hours of all runs, each counted once, by table."""
     hours: dict[str, float] = {}
@@ -388,7 +411,8 @@ def markdown(results: Sequence[Result], images: Sequence[str] = ()) -> str:
             orders = [text for column in columns if (text := describe_order(table, column, mine)) is not None]
             parts += ["\n".join(f"- {text}" for text in orders)] if orders else []
             parts += [describe_blocks(mine)] if table == "11" else []
-            parts += [*describe_chance(mine), *describe_skyformer(mine)] if table == "6" else []
+            parts += [*describe_tasks(mine), *describe_chance(mine), *describe_skyformer(mine)] if table == "6" else []
+            parts += describe_missing(table, mine)
             for name, title in ALSO_SHOWN.get(table, {}).items():
                 parts += describe_figure(mine, name, title)
         else:
