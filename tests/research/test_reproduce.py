@@ -311,6 +311,16 @@ def test_rows_of_a_table_can_be_run_apart_and_the_report_says_so(run, trainings)
         run("--table", "10", "--rows", "MLP")
 
 
+def test_table_4_is_also_trained_for_longer_and_changes_nothing_else():
+    short, longer = (plan_cells([table], [2], scale(0.25)._replace(steps=1600), DATA) for table in ("4", "4b"))
+    for before, after in zip(short, longer, strict=True):
+        assert (before.row, before.paper) == (after.row, after.paper)
+        training = before.settings["training"]
+        changes = {"max_steps": 4800, "warmup_steps": 480}
+        assert training["max_steps"] == 1600
+        assert after.settings == {**before.settings, "training": {**training, **changes}}
+
+
 def test_cells_of_long_rows_change_one_thing_of_t1_and_t2():
     cells = plan_cells(["long", "long2"], [1], scale(0.25), DATA)
     models = {(cell.row, cell.column): cell.settings["model"] for cell in cells}
