@@ -26,15 +26,17 @@ import shutil
 import statistics
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -52,10 +54,11 @@ from transnormer_hf.hub.model_card import package_versions
 from transnormer_hf.research.baselines import MIXERS
 from transnormer_hf.research.diagnostics import GradientDeviationCallback, attention_report
 from transnormer_hf.research.diagnostics.log_normal import compare_concentration, compare_memory, log_normal_error
+from transnormer_hf.research.diagnostics.score_gradients import score_gradients
 from transnormer_hf.research.reproduction import (
     ABLATION_TABLES,
+    ARENA_DATA,
     GLUE_TASKS,
-    LENGTH,
     TABLES,
     VOCAB_SIZE,
     Cell,
@@ -69,8 +72,11 @@ from transnormer_hf.research.reproduction import (
     without_place,
     write_cell,
 )
-from transnormer_hf.research.reproduction_report import draw
-from transnormer_hf.tasks.glue import HUB_DATASET, get_task
+from transnormer_hf.research.reproduction_report import draw, time_of
+from transnormer_hf.research.reproduction_tasks import generate_retrieval, generate_small_pathfinder, shrink_image
+from transnormer_hf.tasks import lra
+from transnormer_hf.tasks.glue import HUB_DATASET, GlueTask, get_task
+from transnormer_hf.training.files import write_atomically
 from transnormer_hf.training.fine_tuning import ModelArguments, load_tokenizer
 from transnormer_hf.training.packing import WIKITEXT_TITLE, TextSource
 from transnormer_hf.training.predictions import DivergedError
@@ -82,6 +88,14 @@ SPECIAL_TOKENS = {  # RoBERTa's
     "eos_token": "</s>",
     "unk_token": "<unk>",
     "mask_token": "<mask>",
+}
+# Where the rows of Table 6 come from without files.
+ARENA_ORIGINS = {
+    "text": "IMDb on the Hub",
+    "listops": "generated",
+    "retrieval": "generated",
+    "pathfinder": "generated",
+    "image": "CIFAR-10 on the Hub",
 }
 MEASURED_TEXTS = 4  # whose attention maps are measured
 
@@ -122,7 +136,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--glue_dir", type=Path, help="folder of CoLA, SST-2, ... with official files; default: the Hub"
     )
-    for name, origin in (("listops", "generated"), ("image", "CIFAR-10 on the Hub")):
+    parser.add_argument(
+        "--glue_files", nargs=3, action="append", default=[], metavar=("TASK", "TRAIN", "VALIDATION"),
+        help="files of one task, as run_glue.py takes them, in place of --glue_dir's or the Hub's; may be repeated",
+    )  # fmt: skip
+    for name, origin in ARENA_ORIGINS.items():
         what = f"rows to learn from and rows to measure on, as run_lra.py takes them; default: {origin}"
         parser.add_argument(f"--{name}_files", type=Path, nargs=2, metavar=("TRAIN", "VALIDATION"), help=what)
     parser.add_argument("--max_minutes", type=float, default=math.inf, help="begin no cell after this much time")
@@ -148,10 +166,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for argument in ("train_file", "validation_file"):
         if (path := getattr(options, argument)) is not None and not path.is_file():
             parser.error(f"--{argument} {path}: no such file.")
-    for argument in ("listops_files", "image_files"):
-        for path in getattr(options, argument) or ():
+    for name in ARENA_ORIGINS:
+        for path in getattr(options, f"{name}_files") or ():
             if not path.is_file():
-                parser.error(f"--{argument} {path}: no such file.")
+                parser.error(f"--{name}_files {path}: no such file.")
+    options.glue_files = {name: (Path(train), Path(validation)) for name, train, validation in options.glue_files}
+    for name, paths in options.glue_files.items():
+        if name not in GLUE_TASKS:
+            parser.error(f"--glue_files {name}: not a task of Table 5; choose from {', '.join(GLUE_TASKS)}.")
+        for path in paths:
+            if not path.is_file():
+                parser.error(f"--glue_files {name} {path}: no such file.")
     if options.glue_dir is not None and not any(glue_files(options.glue_dir, name) for name in GLUE_TASKS):
         parser.error(f"--glue_dir {options.glue_dir}: no folder with train.tsv and dev.tsv, such as SST-2.")
     return options
@@ -192,26 +217,29 @@ def glue_files(folder: Path, name: str) -> list[Path]:
 
 def describe_glue(options: argparse.Namespace) -> dict[str, Any]:
     """The data of each available task of Table 5 as the settings record them."""
-    if options.glue_dir is None:
-        return {name: {"dataset": f"{HUB_DATASET} {name}"} for name in GLUE_TASKS}
-    found = {name: glue_files(options.glue_dir, name) for name in GLUE_TASKS}
-    return {name: {file.stem: describe_file(file) for file in files} for name, files in found.items() if files}
+    described: dict[str, Any] = {}
+    for name in GLUE_TASKS:
+        if name in options.glue_files:
+            described[name] = describe_pair(options.glue_files[name])
+        elif options.glue_dir is None:
+            described[name] = {"dataset": f"{HUB_DATASET} {name}"}
+        elif files := glue_files(options.glue_dir, name):
+            described[name] = {file.stem: describe_file(file) for file in files}
+    return described
 
 
-def arena_files(options: argparse.Namespace) -> dict[str, tuple[Path | None, Path | None]]:
-    return {
-        "listops": options.listops_files or (None, None),
-        "image": options.image_files or (None, None),
-    }
+def describe_pair(files: Sequence[Path]) -> dict[str, Any]:
+    return dict(zip(("train", "validation"), map(describe_file, files), strict=True))
 
 
 def describe_arena(options: argparse.Namespace) -> dict[str, Any]:
+    """The data of each task of Table 6 as the settings record them."""
     described: dict[str, Any] = {}
-    for name, (train, validation) in arena_files(options).items():
-        if train and validation:
-            described[name] = {"train": describe_file(train), "validation": describe_file(validation)}
-        else:
-            described[name] = {"dataset": "generated" if name == "listops" else "CIFAR-10 on the Hub"}
+    for name, origin in ARENA_ORIGINS.items():
+        files = getattr(options, f"{name}_files")
+        described[name] = (
+            describe_pair(files) if files else {"generated": True} if origin == "generated" else {"dataset": origin}
+        )
     return described
 
 
@@ -283,7 +311,7 @@ def run_cell(options: argparse.Namespace, settings: Mapping[str, Any], tokenizer
     """Train and measure; an error is recorded as a result too."""
     part = options.output_dir / "runs" / f".{settings_key(settings)}"
     shutil.rmtree(part, ignore_errors=True)  # of a command that was killed: the cell begins again
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     result: dict[str, Any]
     try:
         result = RUNNERS[settings["task"]](options, settings, tokenizer, part)
@@ -294,7 +322,8 @@ def run_cell(options: argparse.Namespace, settings: Mapping[str, Any], tokenizer
         folder = part.with_name(settings_key(settings))
         shutil.rmtree(folder, ignore_errors=True)  # a command was killed before it wrote the cell
         part.rename(folder)
-    return {**result, "seconds": round(time.perf_counter() - began, 1), "versions": package_versions()}
+    spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
+    return {**result, **{name: round(value, 1) for name, value in spent.items()}, "versions": package_versions()}
 
 
 class DivergenceWatch(GradientDeviationCallback):
@@ -303,6 +332,18 @@ class DivergenceWatch(GradientDeviationCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not math.isfinite(self.norms[-1]):
             control.should_training_stop = control.should_log = True
+
+
+def local_deviation(norms: Sequence[float], window: int = 50) -> float:
+    """The median over windows of so many steps of the norms' standard deviation by their mean.
+
+    Over a whole run, that figure also tells how far the norms moved while the model learned: one that learns nothing
+    has the smallest. NaN for less than one window, and where a norm is not finite.
+    """
+    windows = [norms[start : start + window] for start in range(0, len(norms) - window + 1, window)]
+    if not windows or not all(map(math.isfinite, norms)):
+        return math.nan
+    return statistics.median(statistics.stdev(some) / statistics.fmean(some) for some in windows)
 
 
 def run_language_model(
@@ -328,6 +369,7 @@ def run_language_model(
         "loss": finite(found.get("eval_loss", math.nan)),
         "tokens": found.get("eval_tokens"),
         "relative_deviation": finite(watch.relative_deviation),
+        "local_deviation": finite(local_deviation(watch.norms)),
         "parameters": found.get("parameters"),
         "training_losses": losses,
     }
@@ -335,7 +377,10 @@ def run_language_model(
         diverged = {"step": state["global_step"], "loss": losses[-1][1]}
         return {"status": "diverged", "diverged": diverged, "figures": figures}
     if is_masked and all(MIXERS[name].has_map for name in settings["model"]["layer_types"] if name in MIXERS):
-        figures["attention"] = measure_attention(options, folder / "run")
+        figures["attention"] = measure_attention(options, folder / "run", settings["training"]["max_seq_length"])
+    if not is_masked and set(settings["model"]["layer_types"]) <= {"1+elu", "softmax"}:
+        found = measure_score_gradients(options, folder / "run", settings["training"]["block_size"])
+        figures |= {f"{name}_score_gradient": value for name, value in found.items()}
     return {"status": "done", "figures": figures}
 
 
@@ -372,12 +417,12 @@ def text_arguments(options: argparse.Namespace) -> dict[str, Any]:
     return {"train_file": options.train_file, "validation_file": options.validation_file}
 
 
-def measure_attention(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure_attention(options: argparse.Namespace, folder: Path, length: int) -> dict[str, Any]:
     """Accumulated attention, entropy and spectral gap of each layer on the first validation texts."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     documents = (text for text in text_source(options, "validation").documents() if text.strip())
     batch = tokenizer(
-        list(islice(documents, MEASURED_TEXTS)), truncation=True, max_length=LENGTH, padding=True, return_tensors="pt"
+        list(islice(documents, MEASURED_TEXTS)), truncation=True, max_length=length, padding=True, return_tensors="pt"
     )
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     report = attention_report(AutoModelForMaskedLM.from_pretrained(folder), inputs, edge="shift")
@@ -385,43 +430,118 @@ def measure_attention(options: argparse.Namespace, folder: Path) -> dict[str, An
     return {"ratios": report.ratios, "layers": [{name: layer[name] for name in kept} for layer in report.layers]}
 
 
+def measure_score_gradients(options: argparse.Namespace, folder: Path, length: int) -> dict[str, float]:
+    """How far attention weights move with their scores, on the first validation texts of a whole row."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    documents = (tokenizer(text)["input_ids"] for text in text_source(options, "validation").documents())
+    rows = list(islice((ids[:length] for ids in documents if len(ids) >= length), MEASURED_TEXTS))
+    if not rows:
+        return {}
+    return score_gradients(AutoModelForCausalLM.from_pretrained(folder).eval(), torch.tensor(rows))
+
+
 def run_classifier(
     options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str, folder: Path
 ) -> dict[str, Any]:
     """A GLUE task: fine-tune the masked language model of the settings, which is trained first if need be."""
     pretrained = options.output_dir / "runs" / settings_key(settings["pretrained"])
+    spent = {}
     if not pretrained.is_dir():
-        found = run_cell(options, settings["pretrained"], tokenizer)
-        if found["status"] != "done":
-            raise RuntimeError(f"the masked language model to start from {found['status']}")
+        first = run_cell(options, settings["pretrained"], tokenizer)
+        if first["status"] != "done":
+            raise RuntimeError(f"the masked language model to start from {first['status']}")
+        spent = {"pretraining_seconds": time_of(first)}
+    perplexity = json.loads((pretrained / "run" / "all_results.json").read_text())["eval_token_perplexity"]
     task = get_task(settings["name"])
     arguments = {
         **training_arguments(settings, folder),
         "model_name_or_path": pretrained / "run",
+        "tokenizer_name": write_pair_tokenizer(tokenizer, folder),
         "task_name": task.name,
-        "data_dir": options.glue_dir / task.title if options.glue_dir else None,
+        **glue_arguments(options, task),
     }
     found = run_glue.main(command_line(arguments))
     metric = {"mrpc": "f1", "cola": "matthews_correlation"}.get(task.name, "accuracy")
-    return {"status": "done", "figures": {"score": found[f"eval_{metric}"], "metric": metric}}
+    figures = {"score": found[f"eval_{metric}"], "metric": metric, "pretrained_perplexity": perplexity}
+    return {"status": "done", "figures": figures, **spent}
+
+
+def glue_arguments(options: argparse.Namespace, task: GlueTask) -> dict[str, Any]:
+    if task.name in options.glue_files:
+        return dict(zip(("train_file", "validation_file"), options.glue_files[task.name], strict=True))
+    return {"data_dir": options.glue_dir / task.title} if options.glue_dir else {}
+
+
+def write_pair_tokenizer(tokenizer: str, folder: Path) -> Path:
+    """The tokenizer with RoBERTa's frame about texts and between two: `<s> A </s>` and `<s> A </s></s> B </s>`."""
+    framed = AutoTokenizer.from_pretrained(tokenizer)
+    start, end = SPECIAL_TOKENS["bos_token"], SPECIAL_TOKENS["eos_token"]
+    framed.backend_tokenizer.post_processor = processors.RobertaProcessing(
+        (end, framed.eos_token_id), (start, framed.bos_token_id), trim_offsets=False, add_prefix_space=False
+    )
+    framed.save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
 
 
 def run_arena(options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str, folder: Path) -> dict[str, Any]:
-    """A task of the Long-Range Arena."""
+    """A task of the Long-Range Arena, and the share of the largest class, which a model that learns nothing reaches."""
     arguments = {
         **training_arguments(settings, folder),
         "config_name": write_config(settings, folder),
         "task_name": settings["name"],
-        **dict(zip(("train_file", "validation_file"), arena_files(options)[settings["name"]], strict=True)),
+        **arena_files(options, settings),
     }
-    found = run_lra.main(command_line(arguments))
-    return {"status": "done", "figures": {"accuracy": found["eval_accuracy"], "parameters": found["parameters"]}}
+    argv = command_line(arguments)
+    found = run_lra.main(argv)
+    _, data_args, _, _ = run_lra.parse_arguments(argv)
+    task = lra.get_task(settings["name"])
+    rows, _ = run_lra.load_rows(task, data_args, "validation", has_cls=False, cache_dir=None, quiet=True)
+    figures = {
+        "accuracy": found["eval_accuracy"],
+        "largest_class": max(Counter(rows.labels).values()) / len(rows),
+        "rows": len(rows),
+        "parameters": found["parameters"],
+    }
+    return {"status": "done", "figures": figures}
+
+
+def arena_files(options: argparse.Namespace, settings: Mapping[str, Any]) -> dict[str, Path]:
+    """The files of rows that a task is given; what is made for these tables is written once."""
+    name, data = settings["name"], settings["data"]
+    given = dict(zip(("train", "validation"), getattr(options, f"{name}_files") or (), strict=False))
+    if name not in ARENA_DATA or (given and name != "image"):
+        return {f"{split}_file": file for split, file in given.items()}
+    files = {}
+    for split, number in (("train", "max_train_samples"), ("validation", "max_eval_samples")):
+        limit = settings["training"].get(number)
+        path = options.output_dir / "arena" / f"{name}-{split}-{settings_key({**data, 'rows': limit})}.jsonl"
+        if not path.is_file():
+            rows = small_images(split, given, data["side"]) if name == "image" else make_rows(name, split, limit, data)
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        files[f"{split}_file"] = path
+    return files
+
+
+def make_rows(name: str, split: str, number: int, data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Generated rows of Retrieval or Pathfinder; each split has a seed of its own."""
+    seed = ("train", "validation").index(split)
+    if name == "retrieval":
+        return generate_retrieval(number, seed, data["bytes"], data["subject_share"])
+    return generate_small_pathfinder(number, seed, data["drawn"], data["side"])
+
+
+def small_images(split: str, files: Mapping[str, Path], side: int) -> Iterator[dict[str, Any]]:
+    """The rows of Image, with pictures of `side` rows and columns."""
+    task = lra.get_task("image")
+    rows = lra.read_rows(task, str(files[split])) if files else run_lra.read_hub(task, split, None)[0]
+    for (ids,), label in rows:
+        yield {"pixels": shrink_image(ids - lra.FIRST, side), "label": label}
 
 
 def run_speed(options: argparse.Namespace, settings: Mapping[str, Any], tokenizer: str, folder: Path) -> dict[str, Any]:
     """Table 7 is measured by `benchmark_model.py --table7`."""
     lengths = ",".join(map(str, settings["lengths"]))
-    flags = ["--table7", "--lengths", lengths, "--max_minutes", str(settings["max_minutes"])]
+    flags = ["--table7", "--lengths", lengths, *(f"--{name}={settings[name]}" for name in ("repeats", "max_minutes"))]
     report = benchmark_model.main([*flags, "--output_dir", str(folder)])
     timed = [row for row in report["results"] if "steps_per_second" in row]
     kept = ("model", "length", "steps_per_second", "peak_bytes")
@@ -475,25 +595,49 @@ def headline(content: Mapping[str, Any]) -> str:
 def list_cells(folder: Path, cells: Sequence[Cell]) -> str:
     """The cells, which of them are done, and how long the others should take."""
     results = read_cells(folder)
-    lines, open_settings = [], {}
+    lines: list[str] = []
+    open_settings: dict[str, Mapping[str, Any]] = {}
     for cell in cells:
         result = find_result(results, cell.settings)
         if result is None:
-            open_settings[settings_key(cell.settings)] = cell.settings["task"]
+            open_settings[settings_key(cell.settings)] = cell.settings
         lines.append(f"{cell.name}: {headline(result) if result else 'to do'}")
     lines.append(f"{len(open_settings)} trainings to do{estimate(results, open_settings.values())}")
     return "\n".join(lines)
 
 
-def estimate(results: Sequence[Mapping[str, Any]], tasks: Iterable[str]) -> str:
-    """Estimated minutes for runs of these tasks, from the mean of finished ones; empty if a task has none."""
-    seconds: dict[str, list[float]] = {}
+def estimate(results: Sequence[Mapping[str, Any]], planned: Iterable[Mapping[str, Any]]) -> str:
+    """Estimated minutes of work for runs with these settings, from the mean time of a step in finished runs of their
+    kind; empty if a kind has none."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+
+    def note(settings: Mapping[str, Any], spent: float) -> None:
+        seconds.setdefault(kind_of(settings), []).append(spent / steps_of(settings))
+
+    started_from = [result["settings"]["pretrained"] for result in results if "pretrained" in result["settings"]]
     for result in results:
-        seconds.setdefault(result["settings"]["task"], []).append(result["seconds"])
-    tasks = list(tasks)
-    if not tasks or not set(tasks) <= set(seconds):
+        pretraining = result.get("pretraining_seconds", 0.0)
+        note(result["settings"], time_of(result) - pretraining)
+        if pretraining:
+            note(result["settings"]["pretrained"], pretraining)
+    planned = list(planned)
+    for settings in [settings["pretrained"] for settings in planned if "pretrained" in settings]:
+        if settings not in started_from:
+            started_from.append(settings)
+            planned.append(settings)
+    if not planned or not set(map(kind_of, planned)) <= set(seconds):
         return ""
-    return f", some {sum(statistics.fmean(seconds[task]) for task in tasks) / 60:.0f} minutes"
+    total = sum(statistics.fmean(seconds[kind_of(settings)]) * steps_of(settings) for settings in planned)
+    return f", some {total / 60:.0f} minutes of one core"
+
+
+def kind_of(settings: Mapping[str, Any]) -> tuple[str, str]:
+    return settings["task"], settings.get("name", "")
+
+
+def steps_of(settings: Mapping[str, Any]) -> int:
+    """Steps of a run; 1 where nothing is trained."""
+    return settings.get("training", {}).get("max_steps", 1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """scripts/reproduce.py: cells run once, whatever becomes of them, and sentences that follow the numbers."""
 
+import argparse
 import json
 import math
 
@@ -8,11 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import reproduce
-from transnormer_hf.research import reproduction, reproduction_report
+from transnormer_hf.research import paper, reproduction, reproduction_report
 from transnormer_hf.research.reproduction import plan_cells, scale
 from transnormer_hf.research.reproduction_report import conclusions, describe_order, judge, markdown
 
-DATA = {"mlm": {"train": "a"}, "glue": {"sst2": {}}, "lra": {"listops": {}, "image": {}}}
+DATA = {
+    "mlm": {"train": "a"},
+    "glue": {"sst2": {}},
+    "lra": {"listops": {"generated": True}, "retrieval": {"generated": True}, "image": {}},
+}
 
 
 @pytest.fixture
@@ -184,22 +189,25 @@ def test_log_normal_attention_is_measured_without_training(run, trainings, monke
     assert "LLN" in (out / "results.md").read_text()
 
 
-@pytest.mark.slow  # some 80 trainings, of two steps each
+@pytest.mark.slow  # some 160 trainings, of two steps each
 def test_every_other_table_runs(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduction, "ARENA_LENGTHS", {"listops": 64, "image": 1024})
+    monkeypatch.setattr(reproduction, "TASK_ROWS", 8)
     sentences = tmp_path / "glue" / "SST-2"
     sentences.mkdir(parents=True)
     for file in ("train.tsv", "dev.tsv"):
         (sentences / file).write_text("sentence\tlabel\n" + "a good film\t1\na bad film\t0\n" * 8)
     pixels = tmp_path / "image.jsonl"
     pixels.write_text("".join(json.dumps({"pixels": [n] * 1024, "label": n}) + "\n" for n in range(10)))
-    tables = ("--table", "2", "4", "5", "6", "fig2")
-    out = run(*tables, "--glue_dir", str(tmp_path / "glue"), "--image_files", str(pixels), str(pixels))
+    reviews = tmp_path / "text.jsonl"
+    reviews.write_text("".join(json.dumps({"text": "good " * n, "label": n % 2}) + "\n" for n in range(1, 40)))
+    tables = ("--table", "2", "4", "5", "6", "long", "long2", "fig2")
+    files = ("--image_files", str(pixels), str(pixels), "--text_files", str(reviews), str(reviews))
+    out = run(*tables, "--glue_dir", str(tmp_path / "glue"), *files)
     for path in out.glob("cells/*/*"):
         assert json.loads(path.read_text())["status"] == "done", path
     report = (out / "results.md").read_text()
     assert "Vanilla attention is more local than 1+elu" in report
-    for title in ("Table 2", "Table 4", "Table 5", "Table 6", "Figure 2"):
+    for title in ("Table 2", "Table 4", "Table 5", "Table 6", "Tables 8 to 10 again", "Table 2 again", "Figure 2"):
         assert f"## {title}" in report
     assert "failed" not in report
 
@@ -217,6 +225,9 @@ def test_every_other_table_runs(run, tmp_path, monkeypatch):
         (["--train_file", "no.txt"], "--train_file and --validation_file belong together"),
         (["--train_file", "no.txt", "--validation_file", "no.txt"], "--train_file no.txt: no such file"),
         (["--listops_files", "a.tsv", "b.tsv"], "--listops_files a.tsv: no such file"),
+        (["--text_files", "a.tsv", "b.tsv"], "--text_files a.tsv: no such file"),
+        (["--glue_files", "rte", "a", "b"], "--glue_files rte: not a task of Table 5; choose from mnli, qnli"),
+        (["--glue_files", "qnli", "a", "b"], "--glue_files qnli a: no such file"),
         (["--glue_dir", "."], "--glue_dir .: no folder with train.tsv and dev.tsv, such as SST-2"),
     ],
 )
@@ -231,6 +242,39 @@ def test_bad_arguments_are_named_with_what_would_work(flags, message, tmp_path, 
 def test_there_must_be_something_to_draw(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no cells to draw: run some first"):
         reproduce.main(["--only_draw", "--output_dir", str(tmp_path)])
+
+
+def test_pairs_of_texts_are_framed_as_robertas_are(tmp_path):
+    plain = reproduce.train_tokenizer(["a good film, a bad film"] * 4)
+    plain.save_pretrained(tmp_path / "plain")
+    framed = reproduce.AutoTokenizer.from_pretrained(reproduce.write_pair_tokenizer(str(tmp_path / "plain"), tmp_path))
+    first, second = (plain(text)["input_ids"] for text in ("a good film", "a bad film"))
+    start, end = plain.bos_token_id, plain.eos_token_id
+    assert framed("a good film")["input_ids"] == [start, *first, end]
+    assert framed("a good film", "a bad film")["input_ids"] == [start, *first, end, end, *second, end]
+    assert framed.num_special_tokens_to_add(pair=True) == 4
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_rows_of_small_pictures_and_pairs_are_written_once(tmp_path, given):
+    pixels = tmp_path / "image.jsonl"
+    pixels.write_text(json.dumps({"pixels": [4 * (n // 32 % 2) for n in range(1024)], "label": 7}) + "\n")
+    options = argparse.Namespace(output_dir=tmp_path, image_files=(pixels, pixels), retrieval_files=None)
+    if given:
+        options.retrieval_files = (pixels, pixels)
+    cells = plan_cells(["6"], [1], scale(0.25), DATA)
+    settings = {cell.column: cell.settings for cell in cells if cell.row == "T2"}
+    files = reproduce.arena_files(options, settings["image"])
+    assert json.loads(files["train_file"].read_text()) == {"pixels": [2] * 256, "label": 7}
+    pairs = reproduce.arena_files(options, settings["retrieval"])
+    if given:
+        assert pairs == {"train_file": pixels, "validation_file": pixels}
+        return
+    lengths = [len(pairs[name].read_text().splitlines()) for name in ("train_file", "validation_file")]
+    assert lengths == [16 * 200, 1000]  # a batch a step
+    before = pairs["train_file"].stat().st_mtime_ns
+    assert reproduce.arena_files(options, settings["retrieval"]) == pairs
+    assert pairs["train_file"].stat().st_mtime_ns == before
 
 
 # ---- Planning ----
@@ -267,6 +311,52 @@ def test_rows_of_a_table_can_be_run_apart_and_the_report_says_so(run, trainings)
         run("--table", "10", "--rows", "MLP")
 
 
+def test_table_4_is_also_trained_for_longer_and_changes_nothing_else():
+    short, longer = (plan_cells([table], [2], scale(0.25)._replace(steps=1600), DATA) for table in ("4", "4b"))
+    for before, after in zip(short, longer, strict=True):
+        assert (before.row, before.paper) == (after.row, after.paper)
+        training = before.settings["training"]
+        changes = {"max_steps": 4800, "warmup_steps": 480}
+        assert training["max_steps"] == 1600
+        assert after.settings == {**before.settings, "training": {**training, **changes}}
+
+
+def test_cells_of_long_rows_change_one_thing_of_t1_and_t2():
+    cells = plan_cells(["long", "long2"], [1], scale(0.25), DATA)
+    models = {(cell.row, cell.column): cell.settings["model"] for cell in cells}
+    assert len(cells) == len(models) == 13
+    whole = models["50 % Diag", "t1"]
+    for cell in cells:
+        assert (cell.settings["task"], cell.settings["model"]["block_size"]) == ("clm", 16)
+        assert cell.settings["training"]["block_size"] == 512  # tokens of a row
+        assert cell.settings["model"]["is_causal"]
+
+    def changed(row):
+        return {name for name, value in models[row, "t1"].items() if value != whole[name]}
+
+    assert changed("100 % Diag") == changed("Norm early, Diag late") == {"layer_types"}
+    assert changed("FFN") == {"feed_forward", "intermediate_size"}
+    assert models["Vanilla", ""]["layer_types"] == ["softmax"] * 4
+    assert models["1+elu", ""]["layer_types"] == ["1+elu"] * 4
+    assert models["NormAttention", ""]["attention_norm_type"] == "simple_rms"
+    assert {name: models[row, ""][name] for row in ("Vanilla", "1+elu") for name in ("lrpe", "feed_forward")} == {
+        "lrpe": False,
+        "feed_forward": "ffn",
+    }
+
+
+def test_steadiness_is_told_apart_from_the_way_down():
+    down = [200.0 - step for step in range(150)]  # falls evenly, without noise
+    noise = [10.0 + step % 2 for step in range(150)]
+    over_all = [torch.tensor(norms).std().item() / torch.tensor(norms).mean().item() for norms in (down, noise)]
+    assert over_all[0] > 5 * over_all[1]
+    window = torch.tensor(down[50:100])
+    assert reproduce.local_deviation(down) == pytest.approx((window.std() / window.mean()).item())
+    assert reproduce.local_deviation(noise) == pytest.approx(over_all[1], rel=0.02)
+    assert math.isnan(reproduce.local_deviation(down[:49]))
+    assert math.isnan(reproduce.local_deviation([*down, math.inf]))
+
+
 def test_every_table_has_cells_of_its_own_names():
     cells = plan_cells(reproduction.TABLES, [1, 2], scale(0.01), DATA)
     assert len({cell.name for cell in cells}) == len(cells)
@@ -280,6 +370,32 @@ def test_every_table_has_cells_of_its_own_names():
             reproduce.AutoConfig.for_model(**cell.settings["model"])
     tokens = {cell.settings["pretrained"]["seed"] for cell in cells if cell.table == "5"}
     assert tokens == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("table", "tokens", "rows", "block"), [("11", 64, 32, 8), ("5", 128, 16, 16), ("4", 256, 8, 32)]
+)
+def test_rows_of_whole_models_are_longer_and_blocks_with_them(table, tokens, rows, block):
+    (cell,) = (
+        cell
+        for cell in plan_cells([table], [1], scale(0.25), DATA)
+        if cell.row in ("T2", "block 64") and cell.column in ("", "t2", "sst2")
+    )
+    settings = cell.settings.get("pretrained", cell.settings)
+    training = settings["training"]
+    assert training.get("max_seq_length", training.get("block_size")) == tokens
+    assert settings["model"]["max_position_embeddings"] == tokens
+    assert (training["per_device_train_batch_size"], settings["model"]["block_size"]) == (rows, block)
+
+
+def test_a_field_that_configurations_have_since_changes_no_old_cell(run, trainings):
+    out = run("--table", "3")
+    for path in out.glob("cells/3/*"):
+        content = json.loads(path.read_text())
+        assert content["settings"]["model"].pop("type_vocab_size") == 0
+        path.write_text(json.dumps(content))
+    run("--table", "3")
+    assert len(trainings) == 3
 
 
 # ---- Drawing ----
@@ -340,6 +456,96 @@ def test_blowing_up_takes_more_than_being_worse():
     ]
 
 
+def of_table_6(values):
+    """Results of Table 6 by row, task and seed."""
+    found = []
+    for (row, task, seed), value in values.items():
+        settings = {"task": "lra", "training": {"max_length": 64, "max_steps": 2}, "data": {}}
+        cell = result("6", row, value, task, seed, paper.TABLE_6[task].get(row), settings=settings)
+        cell["figures"] |= {"largest_class": 0.5, "rows": 400}
+        found.append(cell)
+    return found
+
+
+def test_tables_of_tasks_have_a_mean_and_conclusions_rest_on_it():
+    results = of_table_6(
+        {
+            ("T2", "text", 1): 0.7, ("T2", "image", 1): 0.5, ("T2", "text", 2): 0.8, ("T2", "image", 2): 0.5,
+            ("Performer", "text", 1): 0.5, ("Performer", "image", 1): 0.6, ("Performer", "text", 2): 0.5,
+        }
+    )  # fmt: skip
+    means = [cell for cell in reproduction_report.with_means(results) if cell["column"] == "mean"]
+    assert [(cell["row"], cell["seed"], cell["figures"]["accuracy"]) for cell in means] == [
+        ("T2", 1, pytest.approx(0.6)),
+        ("T2", 2, pytest.approx(0.65)),
+        ("Performer", 1, pytest.approx(0.55)),  # without the second seed, which lacks a task
+    ]
+    assert means[0]["paper"] == pytest.approx((72.20 + 49.60) / 2)
+    (text,) = (s for s in conclusions([*results, *means]) if s.startswith("T2 is better than Performer on long texts"))
+    assert text.endswith("(MEAN): **holds** (T2 60.0, Performer 55.0; one seed).")
+    assert "T2 is better than FLASH on long texts: not run." in conclusions(means)
+    report = markdown(results)
+    assert "| T2 | 75.0 (70.0, 80.0) | 72.2 | 50.0 (50.0, 50.0) | 49.6 | 62.5 (60.0, 65.0) | 60.9 |" in report
+
+
+def test_a_mean_of_tasks_counts_what_diverged_as_nothing_and_asks_for_all_figures_of_the_paper():
+    results = of_table_6({("LLN", "text", 1): None, ("LLN", "image", 1): 0.5})
+    mean = reproduction_report.with_means(results)[-1]
+    assert (mean["figures"]["accuracy"], mean["paper"]) == (0.25, None)
+
+
+def test_what_learns_no_more_than_the_classes_shares_is_named():
+    # two standard errors of 400 rows in halves: 5 %
+    results = of_table_6({("T2", "text", 1): 0.56, ("Performer", "text", 1): 0.54, ("Performer", "text", 2): 0.53})
+    (text,) = reproduction_report.describe_chance(results)
+    assert text == "- TEXT: the largest class has 50.0 % of 400 rows; at its level, below 55.0 %: Performer."
+    (text,) = reproduction_report.describe_chance(results[1:])
+    assert text.endswith("at its level, below 55.0 %: all.")
+    (text,) = reproduction_report.describe_chance(results[:1])
+    assert text == "- TEXT: the largest class has 50.0 % of 400 rows."
+
+
+def test_other_figures_of_a_run_are_listed_by_row():
+    results = [
+        result("long2", row, 0.1, column="", seed=seed)
+        for row, seed in (("Vanilla", 1), ("1+elu", 1), ("1+elu", 2), ("NormAttention", 1))
+    ]
+    for cell, largest in zip(results, (0.25, 0.02, 0.03), strict=False):
+        cell["figures"]["largest_score_gradient"] = largest
+    (text,) = reproduction_report.describe_figure(results, "largest_score_gradient", "Largest")
+    assert text == "Largest: 1+elu 0.025, Vanilla 0.25."
+    assert text.replace(
+        "Largest:", "Largest gradient of an attention weight by a score, of the trained model:"
+    ) in markdown(results)
+    assert reproduction_report.describe_figure(results, "perplexity", "Perplexity") == []
+
+
+def test_rows_that_are_missing_are_named():
+    values = {(row, "text", 1): 0.5 for row in reproduction.ARENA_MODELS}
+    values |= {(row, "image", 1): 0.5 for row in reproduction.ARENA_MODELS if row != "T2"}
+    results = of_table_6(values)
+    assert reproduction_report.describe_missing("6", results) == ["Not run, or not in every column: T2."]
+    whole = of_table_6(values | {("T2", "image", 1): 0.5})
+    assert reproduction_report.describe_missing("6", reproduction_report.with_means(whole)) == []
+
+
+def test_table_6_says_how_long_its_rows_are_and_which_are_generated():
+    cells = [cell for cell in plan_cells(["6"], [1], scale(0.25), DATA) if cell.row == "T2"]
+    results = [result("6", "T2", 0.5, column=cell.column, settings=cell.settings) for cell in cells]
+    (text,) = reproduction_report.describe_tasks(results)
+    assert text == (
+        "Tokens of a row at most: LISTOPS 128 (generated), RETRIEVAL 256 (generated), IMAGE 256."
+        " Retrieval is a stand-in for the Arena's, pairs of texts of invented words."
+    )
+
+
+def test_core_hours_count_each_run_once_and_work_before_the_clock():
+    results = of_seeds([1.0], [2.0])  # 3 seconds by the clock each
+    results[0] |= {"cpu_seconds": 7200.0}
+    results.append({**results[0], "table": "11", "trained_for": "10: GLU"})
+    assert reproduction_report.describe_time(results) == "Core-hours by table: 10 2.00; together 2.0."
+
+
 def test_what_was_not_run_is_said_to_be():
     sentences = conclusions(of_seeds([1.0], [2.0]))
     assert sum("not run" in sentence for sentence in sentences) == len(reproduction_report.CLAIMS) - 1
@@ -382,10 +588,13 @@ def test_rivals_have_the_size_of_the_others_and_blocks_as_short_as_the_texts():
     layers = {place: model["num_hidden_layers"] for place, model in models.items()}
     assert (layers["4", "FLASH", ""], layers["5", "FLASH", "sst2"], layers["4", "LS", ""]) == (7, 8, 4)
     options = {place: (model.get("mixer_options") or {}) for place, model in models.items()}
-    assert options["4", "FLASH", ""]["flash"] == {"chunk_size": 8, "query_size": 24}
-    assert options["4", "LS", ""]["transformer_ls"] == {"num_landmarks": 4, "chunk_size": 4, "window": 8}
-    assert options["6", "BigBird", "image"]["bigbird"] == {"block_size": 64}  # rows of full length
-    assert options["6", "BigBird", "listops"]["bigbird"] == {"block_size": 16}
+    assert options["4", "FLASH", ""]["flash"] == {"chunk_size": 32, "query_size": 24}  # rows half as long
+    assert options["4", "LS", ""]["transformer_ls"] == {"num_landmarks": 16, "chunk_size": 16, "window": 32}
+    assert options["5", "LS", "sst2"]["transformer_ls"] == {"num_landmarks": 8, "chunk_size": 8, "window": 2}
+    assert options["6", "BigBird", "image"]["bigbird"] == {"block_size": 16}
+    assert options["6", "Linformer", "listops"]["linformer"] == {"projected_length": 32}
+    assert models["6", "T2", "image"]["block_size"] == models["6", "Local", "image"]["block_size"] == 16
+    assert (layers["6", "FLASH", "image"], layers["6", "T2", "image"]) == (4, 2)
     weights = {}
     for row in ("Vanilla", "LS", "FLASH-quad", "FLASH"):
         config = reproduce.AutoConfig.for_model(**models["4", row, ""], vocab_size=8, pad_token_id=1)
@@ -411,6 +620,27 @@ def test_growth_is_a_power_of_the_length():
     assert text.count("| vanilla | 0.954 | 0.238 | 0.106 | 0.0381 | n^2.00 |") == 2
     assert text.count("| 1+elu | 1 | 2 | 3 | 5 | n^1.00 |") == 2
     assert text.count("| T2, paper (A6000) | 29.41 | – | 12.95 |") == 1
+
+
+def test_speed_is_judged_at_every_length():
+    def rows(**models):
+        return [
+            {"model": model, "length": n, "steps_per_second": steps}
+            for model, values in models.items()
+            for n, steps in zip((1024, 5120), values, strict=True)
+        ]
+
+    t2 = {"transnormer-t2-bidirectional": (2.0, 0.5)}
+    text = reproduction_report.describe_speed(
+        rows(**t2, vanilla=(1.0, 0.1), performer=(1.6, 0.6), flash=(4, 1)), "training"
+    )
+    assert text == [
+        "T2 is faster than Transformer in training: **holds** (ratio 2.00 at 1024, 5.00 at 5120).",
+        "T2 is faster than Performer in training: **depends on the length** (ratio 1.25 at 1024, 0.83 at 5120).",
+        "T2 is faster than FLASH in training: **does not hold** (ratio 0.50 at 1024, 0.50 at 5120).",
+    ]
+    (text,) = reproduction_report.describe_speed(rows(**t2, vanilla=(1.99, 0.1)), "inference")
+    assert "**depends on the length**" in text  # a ratio of 1.005 says nothing
 
 
 def test_another_papers_figures_are_named_as_such():

@@ -25,14 +25,13 @@ from .baselines import BaselineConfig
 from .baselines.modeling import backbone_fields
 
 ABLATION_TABLES = ("1", "3", "8", "9", "10", "11", "12")
-TABLES = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "fig2", "lln")
+TABLES = ("1", "2", "3", "4", "4b", "5", "6", "7", "8", "9", "10", "11", "12", "long", "long2", "fig2", "lln")
 
-SHRINK = 8  # rows of 512 tokens and blocks of 32, 64 and 128 in the paper; an eighth of each here
-LAYERS, HEADS, LENGTH, BATCH_SIZE = 4, 4, 512 // SHRINK, 32
+LAYERS, HEADS = 4, 4
 WIDTH, STEPS = 96, 2500  # of a budget of 1; 0.25 is some five minutes a cell on one core
 VOCAB_SIZE = 1024
-EVALUATION_ROWS = 256
-ARENA_LENGTHS = {"listops": 512, "image": 1024}
+EVALUATION_ROWS, TASK_ROWS = 256, 1000  # of text, and of a task of Tables 5 and 6
+ARENA_LAYERS = 2
 INPUT_SCALES = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
 
 # Our small encoders are pre-norm, like the released decoder. The paper's encoder, post-norm with learned positions,
@@ -62,6 +61,25 @@ Data = Mapping[str, Mapping[str, Any]]  # task -> what its settings say about it
 class Scale(NamedTuple):
     width: int
     steps: int
+
+
+class Rows(NamedTuple):
+    """Rows of text: as many times shorter than the paper's 512 tokens as blocks are than its 32, 64 and 128."""
+
+    shrink: int
+    batch_size: int
+
+    @property
+    def length(self) -> int:
+        return 512 // self.shrink
+
+
+# 2,048 tokens a step. Rows of 64 tokens are enough to tell attentions inside a layer apart, but nearly all that helps
+# there is nearby: where models are compared as a whole, rows are longer.
+ABLATION_ROWS, ENCODER_ROWS, CAUSAL_ROWS = Rows(8, 32), Rows(4, 16), Rows(2, 8)
+# Where distance has to count: rows as long as the paper's, and blocks that see a 32nd of them, not an eighth.
+LONG_ROWS, LONG_BLOCK = Rows(1, 4), 16
+LONGER = 3  # times the steps of Table 4, in Table 4b: softmax is slow to find the neighbours in rows of 256
 
 
 def scale(budget: float) -> Scale:
@@ -119,21 +137,23 @@ def settings_key(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
+_LEFT_OUT = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "backend"}
+
+
 def model_settings(config: TransNormerConfig) -> dict[str, Any]:
     """The fields of a configuration that define the model, without those that follow from the tokenizer."""
-    left_out = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "backend"}
     names = (*TransNormerConfig.__annotations__, *(("mixer", "mixer_options") if hasattr(config, "mixer") else ()))
-    fields = {name: getattr(config, name) for name in names if name not in left_out}
+    fields = {name: getattr(config, name) for name in names if name not in _LEFT_OUT}
     return {"model_type": config.model_type, **fields}
 
 
-def masked_config(size: Scale, variant: str) -> TransNormerConfig:
+def masked_config(size: Scale, variant: str, rows: Rows = ABLATION_ROWS) -> TransNormerConfig:
     """A small encoder, without dropout, since training sees the text hardly more than once.
 
     Its initializer_range gives outputs of the same size at this width as the released 0.02 does at width 768.
     """
     spread = round(0.02 * math.sqrt(768 / size.width), 4)
-    return TransNormerConfig(**_sizes(size, LENGTH), **ENCODER, variant=variant, initializer_range=spread)
+    return TransNormerConfig(**_sizes(size, rows.length), **ENCODER, variant=variant, initializer_range=spread)
 
 
 def _sizes(size: Scale, length: int) -> dict[str, Any]:
@@ -147,16 +167,18 @@ def _sizes(size: Scale, length: int) -> dict[str, Any]:
     }
 
 
-def masked_settings(config: TransNormerConfig, size: Scale, seed: int, data: Mapping[str, Any]) -> dict[str, Any]:
+def masked_settings(
+    config: TransNormerConfig, size: Scale, seed: int, data: Mapping[str, Any], rows: Rows = ABLATION_ROWS
+) -> dict[str, Any]:
     """Masked language modelling as in the authors' script, except for lengths, batch, steps and learning rate."""
     return {
         "task": "mlm",
         "seed": seed,
-        "model": model_settings(config) | {"block_size": config.block_size // SHRINK},
+        "model": model_settings(config) | {"block_size": config.block_size // rows.shrink},
         "training": {
             "max_steps": size.steps,
-            "per_device_train_batch_size": BATCH_SIZE,
-            "max_seq_length": LENGTH,
+            "per_device_train_batch_size": rows.batch_size,
+            "max_seq_length": rows.length,
             "mlm_probability": 0.15,
             "learning_rate": 3e-3,
             "lr_scheduler_type": "linear",
@@ -195,6 +217,36 @@ def _ablation_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell
     ]
 
 
+class ArenaSize(NamedTuple):
+    """A task of Table 6 in small: tokens of a row, rows and number of steps per step of the budget, how many times
+    shorter blocks and landmarks are than for texts of full length, and options of `run_lra.py`."""
+
+    length: int
+    batch_size: int
+    steps: float
+    shrink: int
+    options: dict[str, Any]
+
+
+# A minute or less each, at lengths where some attention learns more than the classes' shares.
+ARENA = {
+    "text": ArenaSize(512, 16, 0.2, 2, {}),
+    "listops": ArenaSize(
+        128, 32, 0.24, 4,
+        {"listops_min_length": 24, "listops_max_length": 128, "listops_max_depth": 4, "listops_max_args": 8},
+    ),
+    "retrieval": ArenaSize(256, 16, 0.16, 4, {}),
+    "pathfinder": ArenaSize(144, 64, 0.16, 8, {}),
+    "image": ArenaSize(256, 32, 0.16, 4, {}),
+}  # fmt: skip
+# What reproduction_tasks.py makes: pictures of fewer pixels, and pairs of texts.
+ARENA_DATA: dict[str, dict[str, Any]] = {
+    "image": {"side": 16},
+    "pathfinder": {"drawn": 24, "side": 12},
+    "retrieval": {"bytes": 256, "subject_share": 0.6},
+}
+
+
 # Row -> the mixer in the vanilla backbone, or T1 or T2. Not in the paper's tables: log-normal attention, Nystromformer
 # outside of Table 6, and a local band.
 GRADIENT_ROWS = {"1+elu": "1+elu", "Performer": "performer", "Vanilla": "softmax", "NormAttention": "norm"}
@@ -210,6 +262,19 @@ ARENA_MODELS = {
     "Skyformer": "skyformer", "LS": "transformer_ls", "cosFormer": "cosformer", "FLASH-quad": "flash_quad",
     "FLASH": "flash", "T1": "t1", "T2": "t2", "LLN": "lln", "LLN + Diag": "lln_diag", "Local": "local",
 }  # fmt: skip
+# Row -> the table and row of the ablation; None is softmax in the backbone of Tables 1 and 3.
+LONG_MODELS: dict[str, tuple[int, str | None]] = {
+    "50 % Diag": (8, "50 % Diag"),
+    "100 % Diag": (8, "100 % Diag"),
+    "0 % Diag": (8, "0 % Diag"),
+    "Norm early, Diag late": (9, "Norm early, Diag late"),
+    "FFN": (10, "FFN"),
+}
+LONG_GRADIENT_ROWS: dict[str, tuple[int, str | None]] = {
+    "1+elu": (3, "1+elu early, 1+elu late"),
+    "Vanilla": (3, None),
+    "NormAttention": (1, "NormAttention, RMSNorm"),
+}
 # What the originals' models have for texts of full length.
 TEXT_SIZES: dict[str, dict[str, int]] = {
     "bigbird": {"block_size": 64},
@@ -222,17 +287,18 @@ TEXT_SIZES: dict[str, dict[str, int]] = {
 }
 # Layers of FLASH, which are attention and feed-forward in one, per layer of the others, bidirectional and causal.
 FLASH_LAYERS = {False: 2, True: 10 / 6}
+GLUE_STEPS = 0.16  # per step of the masked language model
 GLUE_TASKS = ("mnli", "qnli", "qqp", "sst2", "mrpc", "cola")  # MNLI is the matched one
 
 
-def in_vanilla_backbone(config: TransNormerConfig, attention: str) -> TransNormerConfig:
+def in_vanilla_backbone(config: TransNormerConfig, attention: str, shrink: int) -> TransNormerConfig:
     """T1 or T2 as they are; a baseline or NormAttention alone in the backbone of Tables 1 and 3."""
     if attention in ("t1", "t2"):
         return config
     if attention == "norm":
         (row,) = (row for row in find_ablations(1) if row.row == "NormAttention, RMSNorm")
         return ablation_config(config, row)
-    return in_backbone(config, attention, SHRINK, **VANILLA_BACKBONE)
+    return in_backbone(config, attention, shrink, **VANILLA_BACKBONE)
 
 
 def in_backbone(config: TransNormerConfig, mixer: str, shrink: int, **changes: Any) -> BaselineConfig:
@@ -248,10 +314,14 @@ def in_backbone(config: TransNormerConfig, mixer: str, shrink: int, **changes: A
     return BaselineConfig(**fields, mixer=mixer, mixer_options={mixer: options} if options else None)
 
 
-def pretrained_settings(attention: str, size: Scale, seed: int, data: Data) -> dict[str, Any]:
-    """The masked language model with this attention; some are shared by Tables 2 and 5 with 1, 3 and 8 to 12."""
-    config = masked_config(size, attention if attention == "t1" else "t2")
-    return masked_settings(in_vanilla_backbone(config, attention), size, seed, data["mlm"])
+def pretrained_settings(
+    attention: str, size: Scale, seed: int, data: Data, rows: Rows = ABLATION_ROWS
+) -> dict[str, Any]:
+    """The masked language model with this attention; some are shared by Table 2 with 1, 3 and 8 to 12."""
+    config = masked_config(size, attention if attention == "t1" else "t2", rows)
+    if rows == ENCODER_ROWS:  # to be fine-tuned: the first token tells little after so few steps
+        config.pooling = "mean"
+    return masked_settings(in_vanilla_backbone(config, attention, rows.shrink), size, seed, data["mlm"], rows)
 
 
 def _gradient_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
@@ -268,28 +338,59 @@ def _curve_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
     ]
 
 
+def _causal_config(size: Scale, rows: Rows, variant: str) -> TransNormerConfig:
+    return TransNormerConfig(**_sizes(size, rows.length), **DECODER, variant=variant)
+
+
+def causal_settings(
+    config: TransNormerConfig, size: Scale, seed: int, data: Mapping[str, Any], rows: Rows
+) -> dict[str, Any]:
+    """Causal language modelling; otherwise as `masked_settings`."""
+    settings = masked_settings(config, size, seed, data, rows)
+    training = {name: value for name, value in settings["training"].items() if name not in MASKED_ONLY}
+    return {**settings, "task": "clm", "training": {**training, "block_size": rows.length}}
+
+
 def _causal_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
-    cells = []
+    cells, rows = [], CAUSAL_ROWS
+    if table == "4b":
+        size = size._replace(steps=LONGER * size.steps)
     for row, attention in CAUSAL_MODELS.items():
-        config = TransNormerConfig(**_sizes(size, LENGTH), **DECODER, variant=attention if attention == "t1" else "t2")
-        settings = masked_settings(in_vanilla_backbone(config, attention), size, seed, data["mlm"])
-        training = {name: value for name, value in settings["training"].items() if name not in MASKED_ONLY}
-        training["block_size"] = LENGTH
-        cells.append(
-            Cell(
-                table, row, "", paper.TABLE_4["validation"].get(row), {**settings, "task": "clm", "training": training}
-            )
-        )
+        config = _causal_config(size, rows, attention if attention == "t1" else "t2")
+        config = in_vanilla_backbone(config, attention, rows.shrink)
+        settings = causal_settings(config, size, seed, data["mlm"], rows)
+        cells.append(Cell(table, row, "", paper.TABLE_4["validation"].get(row), settings))
+    return cells
+
+
+def _long_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
+    """Conclusions of Tables 8 to 10, or 2, again, where distance has to count: causal models, as small encoders need
+    too long to find the neighbours of a masked token in such rows."""
+    cells = []
+    for row, (ablated, name) in (LONG_MODELS if table == "long" else LONG_GRADIENT_ROWS).items():
+        for variant in ("t1", "t2") if table == "long" else ("t2",):
+            config = _causal_config(size, LONG_ROWS, variant)
+            if name is None:
+                config = in_backbone(config, "softmax", LONG_ROWS.shrink, **VANILLA_BACKBONE)
+            else:
+                (ablation,) = (found for found in find_ablations(ablated) if found.row == name)
+                config = ablation_config(config, ablation)
+            settings = causal_settings(config, size, seed, data["mlm"], LONG_ROWS)
+            settings["model"]["block_size"] = LONG_BLOCK
+            known = ablation.perplexity.get(variant) if table == "long" else paper.TABLE_2[row]
+            cells.append(Cell(table, row, variant if table == "long" else "", known, settings))
     return cells
 
 
 def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
-    steps = max(2, size.steps // 2)
+    steps = max(2, round(GLUE_STEPS * size.steps))
     training = {
         "max_steps": steps,
         "per_device_train_batch_size": 32,
-        "max_seq_length": min(128, LENGTH),
-        "learning_rate": 3e-4,
+        "max_seq_length": ENCODER_ROWS.length,
+        "max_train_samples": 32 * steps,
+        "max_eval_samples": TASK_ROWS,
+        "learning_rate": 2e-3,
         "lr_scheduler_type": "linear",
         "warmup_steps": steps // 10,
         "weight_decay": 0.01,
@@ -304,7 +405,7 @@ def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
                 "task": "glue",
                 "name": name,
                 "seed": seed,
-                "pretrained": pretrained_settings(attention, size, seed, data),
+                "pretrained": pretrained_settings(attention, size, seed, data, ENCODER_ROWS),
                 "training": training,
                 "data": source,
             },
@@ -317,39 +418,46 @@ def _glue_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
 def _arena_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
     cells = []
     for name, source in data["lra"].items():
-        task = lra.TASKS[name]
-        length = ARENA_LENGTHS[name]
+        task, small = lra.TASKS[name], ARENA[name]
+        steps = max(2, round(small.steps * size.steps))
         training = {
-            "max_steps": size.steps,
-            "schedule_steps": size.steps,
-            "per_device_train_batch_size": 16,
-            "learning_rate": 1e-3,
-            "warmup_steps": size.steps // 10,
-            "max_length": length,
-            "max_eval_samples": 1000,
-            **({"listops_min_length": length // 4, "listops_max_length": length} if name == "listops" else {}),
-            **({"max_train_samples": 16 * size.steps} if name == "listops" else {}),
+            "max_steps": steps,
+            "schedule_steps": steps,
+            "per_device_train_batch_size": small.batch_size,
+            "learning_rate": 2e-3,
+            "warmup_steps": steps // 10,
+            "max_length": small.length,
+            "max_eval_samples": TASK_ROWS,
+            **small.options,
+            **({"max_train_samples": small.batch_size * steps} if "generated" in source else {}),
         }
         for row, attention in ARENA_MODELS.items():
-            variant = attention if attention == "t1" else "t2"
-            sizes = {**_sizes(size, length), "intermediate_size": 2 * size.width}
-            config = task.config(variant, **sizes)
-            if attention not in ("t1", "t2"):  # in the task's own backbone
-                config = in_backbone(config, attention, task.length // length)
             settings = {
                 "task": "lra",
                 "name": name,
                 "seed": seed,
-                "model": model_settings(config) | {"num_labels": task.num_labels},
+                "model": model_settings(_arena_config(name, attention, size)) | {"num_labels": task.num_labels},
                 "training": training,
-                "data": source,
+                "data": {**source, **ARENA_DATA.get(name, {})},
             }
             cells.append(Cell(table, row, name, paper.TABLE_6[name].get(row), settings))
     return cells
 
 
+def _arena_config(name: str, attention: str, size: Scale) -> TransNormerConfig:
+    """A model of `ARENA_LAYERS` layers, as Skyformer's, in the authors' backbone for the task. But in Pathfinder, too,
+    the answer is read from the mean of the tokens: from the last one, as theirs, T2 learned nothing in 200 steps."""
+    small = ARENA[name]
+    sizes = _sizes(size, small.length) | {"num_hidden_layers": ARENA_LAYERS, "intermediate_size": 2 * size.width}
+    sizes["pooling"] = "mean"
+    variant = attention if attention == "t1" else "t2"
+    config = lra.TASKS[name].config(variant, **sizes, block_size=64 // small.shrink)
+    return config if attention in ("t1", "t2") else in_backbone(config, attention, small.shrink)
+
+
 def _speed_cells(table: str, seed: int, size: Scale, data: Data) -> list[Cell]:
-    settings = {"task": "speed", "seed": seed, "lengths": [1024, 2048, 3072, 4096, 5120], "max_minutes": 45}
+    lengths = [1024, 2048, 3072, 4096, 5120]
+    settings = {"task": "speed", "seed": seed, "lengths": lengths, "repeats": 1, "max_minutes": 90}
     return [Cell(table, "steps per second", "", None, settings)]
 
 
@@ -364,7 +472,10 @@ _PLANS: dict[str, Callable[[str, int, Scale, Data], list[Cell]]] = {
     "2": _gradient_cells,
     "fig2": _curve_cells,
     "4": _causal_cells,
+    "4b": _causal_cells,
     "5": _glue_cells,
+    "long": _long_cells,
+    "long2": _long_cells,
     "6": _arena_cells,
     "7": _speed_cells,
     "lln": _log_normal_cells,
@@ -379,8 +490,19 @@ def cell_file(folder: Path, cell: Cell) -> Path:
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
-    """The contents of all cells' files."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cells/*/*.json"))]
+    """The contents of all cells' files, models with the fields that configurations have today."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cells/*/*.json"))]
+    for result in results:
+        for settings in (result["settings"], result["settings"].get("pretrained", {})):
+            if "model" in settings:
+                settings["model"] = {**_new_fields(settings["model"]), **settings["model"]}
+    return results
+
+
+def _new_fields(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a model lacks and their defaults, with which they change nothing."""
+    names = set(TransNormerConfig.__annotations__) - _LEFT_OUT - set(model)
+    return {name: getattr(TransNormerConfig, name) for name in names}
 
 
 def find_result(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -427,7 +549,8 @@ def without_place(result: Mapping[str, Any]) -> dict[str, Any]:
 def write_cell(folder: Path, cell: Cell, result: Mapping[str, Any]) -> dict[str, Any]:
     """Write a cell's file and return its content.
 
-    result: "status" ("done", "diverged" or "failed"), "figures", "seconds", "versions", and anything worth noting.
+    result: "status" ("done", "diverged" or "failed"), "figures", "seconds" by the clock and "cpu_seconds" of work (not
+        in the first cells), "versions", and anything worth noting.
     """
     content = {**cell.place, "paper": cell.paper, **result, "settings": cell.settings}
     write_atomically(cell_file(folder, cell), json.dumps(content, indent=1, allow_nan=False) + "\n")

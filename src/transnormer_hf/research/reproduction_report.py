@@ -23,6 +23,11 @@ from .reproduction import (
     CURVES,
     GLUE_MODELS,
     GRADIENT_ROWS,
+    LONG_BLOCK,
+    LONG_GRADIENT_ROWS,
+    LONG_MODELS,
+    LONG_ROWS,
+    LONGER,
     TABLES,
     read_cells,
 )
@@ -34,6 +39,7 @@ TITLES = {
     "2": "Table 2: relative standard deviation of gradients over training",
     "3": "Table 3: 1+elu and softmax in early and late layers",
     "4": "Table 4: causal language modelling",
+    "4b": f"Table 4, trained {LONGER} times as long",
     "5": "Table 5: GLUE, fine-tuned from the masked language models above",
     "6": "Table 6: Long-Range Arena",
     "7": "Table 7: speed",
@@ -42,6 +48,8 @@ TITLES = {
     "10": "Table 10: FFN against GLU",
     "11": "Table 11: block size",
     "12": "Table 12: both attentions in one layer",
+    "long": f"Tables 8 to 10 again: causal models, rows of {LONG_ROWS.length} tokens, blocks of {LONG_BLOCK}",
+    "long2": f"Table 2 again: causal models, rows of {LONG_ROWS.length} tokens",
     "fig2": "Figure 2: locally accumulated attention",
     "lln": "Linear Log-Normal Attention",
 }
@@ -60,22 +68,46 @@ MASKED = Figure("perplexity", "validation perplexity per masked token")
 FIGURES = {
     **dict.fromkeys(ABLATION_TABLES, MASKED),
     "2": Figure("relative_deviation", "standard deviation of the gradient's norm over all steps, by its mean"),
-    "4": Figure("perplexity", "validation perplexity per token"),
+    **dict.fromkeys(("4", "4b"), Figure("perplexity", "validation perplexity per token")),
+    "long": Figure("perplexity", "validation perplexity per token"),
+    "long2": Figure(
+        "local_deviation", "standard deviation of the gradient's norm by its mean, the median over windows of 50 steps"
+    ),
     "5": Figure("score", "accuracy, F1 for MRPC, Matthews correlation for CoLA, in percent", True, 100),
     "6": Figure("accuracy", "accuracy in percent", True, 100),
 }
 
 
+ALSO_SHOWN = {
+    "5": {"pretrained_perplexity": "Perplexity of the masked language models"},
+    "long2": {
+        "relative_deviation": "The same over the whole run at once",
+        "largest_score_gradient": "Largest gradient of an attention weight by a score, of the trained model",
+        "median_score_gradient": "Median over tokens of the largest such gradient",
+        "perplexity": "Perplexity",
+    },
+}
+
+
 class Claim(NamedTuple):
-    """A conclusion of the paper: in this table, one row is better than another, by `factor` where that is claimed."""
+    """A conclusion of the paper: in this table, one row is better than another, by `factor` where that is claimed.
+
+    column: The only column that it is about; None for each.
+    """
 
     text: str
     table: str
     better: str
     worse: str
     factor: float = 1
+    column: str | None = None
 
 
+AVERAGED = ("5", "6")  # tables whose columns are tasks
+MEAN = "mean"
+CAUSAL_RIVALS = ("Vanilla", "LS", "FLASH-quad", "FLASH", "1+elu", "Performer")
+GLUE_PAIRS = [("T1", row) for row in ("Vanilla", "LS", "FLASH-quad", "FLASH", "1+elu", "Performer", "T2")]
+ARENA_PAIRS = [("T2", row) for row in ("Transformer", "Performer", "cosFormer", "FLASH", "T1")]
 CLAIMS = (
     Claim("Removing the scaling without a norm blows up", "1", "1+elu with scaling", "1+elu, scaling removed", 2),
     Claim("NormAttention repairs it", "1", "NormAttention, RMSNorm", "1+elu, scaling removed", 2),
@@ -84,14 +116,10 @@ CLAIMS = (
     Claim("Vanilla attention's gradients are steadier than 1+elu's", "2", "Vanilla", "1+elu"),
     Claim("Vanilla layers help 1+elu, early", "3", "vanilla early, 1+elu late", "1+elu early, 1+elu late"),
     Claim("Vanilla early is better than late", "3", "vanilla early, 1+elu late", "1+elu early, vanilla late"),
-    Claim("T2 is better than 1+elu as a causal model", "4", "T2", "1+elu"),
-    Claim("T2 is better than vanilla as a causal model", "4", "T2", "Vanilla"),
-    Claim("T2 is better than LS as a causal model", "4", "T2", "LS"),
-    Claim("T2 is better than FLASH-quad as a causal model", "4", "T2", "FLASH-quad"),
-    Claim("T2 is better than FLASH as a causal model", "4", "T2", "FLASH"),
-    Claim("T2 is better than Performer as a causal model", "4", "T2", "Performer"),
-    Claim("T2 is better than the Transformer on long texts", "6", "T2", "Transformer"),
-    Claim("T2 is better than Performer on long texts", "6", "T2", "Performer"),
+    *(Claim(f"T2 is better than {row} as a causal model", "4", "T2", row) for row in CAUSAL_RIVALS),
+    *(Claim(f"T2 is better than {row}, trained {LONGER} times as long", "4b", "T2", row) for row in CAUSAL_RIVALS),
+    *(Claim(f"{mine} is better than {row} on GLUE", "5", mine, row, column=MEAN) for mine, row in GLUE_PAIRS),
+    *(Claim(f"{mine} is better than {row} on long texts", "6", mine, row, column=MEAN) for mine, row in ARENA_PAIRS),
     Claim("Half Diag is better than none", "8", "50 % Diag", "0 % Diag"),
     Claim("Half Diag is better than Diag alone", "8", "50 % Diag", "100 % Diag"),
     Claim("Diag to Norm beats Norm to Diag", "9", "Diag early, Norm late", "Norm early, Diag late"),
@@ -100,6 +128,12 @@ CLAIMS = (
     Claim("Larger blocks help, 128 over 64", "11", "block 128", "block 64"),
     Claim("In turn by depth is better than chained", "12", "in turn by depth", "chained, Diag to Norm"),
     Claim("Parallel is better than in turn by depth", "12", "parallel", "in turn by depth"),
+    Claim("Half Diag is better than none, in long rows", "long", "50 % Diag", "0 % Diag"),
+    Claim("Half Diag is better than Diag alone, in long rows", "long", "50 % Diag", "100 % Diag"),
+    Claim("Diag to Norm beats Norm to Diag, in long rows", "long", "50 % Diag", "Norm early, Diag late"),
+    Claim("GLU beats FFN, in long rows", "long", "50 % Diag", "FFN"),
+    Claim("NormAttention's gradients are steadier than 1+elu's, in long rows", "long2", "NormAttention", "1+elu"),
+    Claim("Vanilla attention's gradients are steadier than 1+elu's, in long rows", "long2", "Vanilla", "1+elu"),
 )
 
 
@@ -129,6 +163,32 @@ def values_by_seed(results: Iterable[Result], table: str, row: str, column: str)
 
 def _place(result: Result) -> tuple[str, str, str]:
     return result["table"], result["row"], result["column"]
+
+
+def time_of(result: Result) -> float:
+    """Seconds that a run took: of work, or by the clock where the cell does not tell the former."""
+    return result.get("cpu_seconds", result["seconds"])
+
+
+def with_means(results: Sequence[Result]) -> list[Result]:
+    """The results, and the mean over its columns for each row and seed of Tables 5 and 6 that has all of them.
+
+    The paper's mean is that of the same columns, where all of its figures are known.
+    """
+    added: list[Result] = []
+    for table in AVERAGED:
+        mine = [result for result in results if result["table"] == table]
+        columns = set(dict.fromkeys(result["column"] for result in mine))
+        for row, seed in dict.fromkeys((result["row"], result["seed"]) for result in mine):
+            cells = [result for result in mine if (result["row"], result["seed"]) == (row, seed)]
+            values = [value for result in cells if (value := value_of(result)) is not None]
+            if len(values) < len(columns) or len(columns) < 2:
+                continue
+            figure, papers = FIGURES[table], [result["paper"] for result in cells]
+            known = None if None in papers else round(mean(papers), 2)
+            place = {"table": table, "row": row, "column": MEAN, "seed": seed, "paper": known, "status": "done"}
+            added.append({**place, "figures": {figure.name: mean(values) / figure.factor}, "settings": {}})
+    return [*results, *added]
 
 
 def mean(values: Iterable[float]) -> float:
@@ -187,6 +247,8 @@ def conclusions(results: Sequence[Result]) -> list[str]:
     sentences = []
     for claim in CLAIMS:
         columns = dict.fromkeys(result["column"] for result in results if result["table"] == claim.table)
+        if claim.column is not None:
+            columns = dict.fromkeys(column for column in columns if column == claim.column)
         judged = [sentence for column in columns if (sentence := judge(claim, column, results)) is not None]
         sentences += judged or [f"{claim.text}: not run."]
     return sentences
@@ -226,7 +288,7 @@ def describe_skyformer(results: Sequence[Result]) -> list[str]:
     """The figures of the rows that another paper has, by column."""
     rows = dict.fromkeys(result["row"] for result in results)
     lines = []
-    for column in dict.fromkeys(result["column"] for result in results):
+    for column in dict.fromkeys(result["column"] for result in results if result["column"] != MEAN):
         known = paper.SKYFORMER_TABLE_1[column]
         lines += [f"{column.upper()} {', '.join(f'{row} {known[row]:g}' for row in rows if row in known)}"]
     if not set(rows) & set(known):
@@ -234,13 +296,80 @@ def describe_skyformer(results: Sequence[Result]) -> list[str]:
     return [f"In Table 1 of Skyformer's paper, with models of its own: {'; '.join(lines)}."]
 
 
+def describe_chance(results: Sequence[Result]) -> list[str]:
+    """For each task, the share of the largest class, and the rows that are within two standard errors of it."""
+    lines = []
+    for column in dict.fromkeys(result["column"] for result in results):
+        here = [result for result in results if result["column"] == column and "largest_class" in result["figures"]]
+        if not here:
+            continue
+        share, count = (here[0]["figures"][name] for name in ("largest_class", "rows"))
+        limit = 100 * (share + 2 * math.sqrt(share * (1 - share) / count))
+        rows = row_order("6", here)
+        low = [row for row in rows if max(values_by_seed(here, "6", row, column).values()) < limit]
+        text = f"{column.upper()}: the largest class has {100 * share:.1f} % of {count} rows"
+        if low:
+            listed = "all" if low == rows else ", ".join(low)
+            text += f"; at its level, below {limit:.1f} %: {listed}"
+        lines.append(f"- {text}.")
+    return ["\n".join(lines)] if lines else []
+
+
+def describe_figure(results: Sequence[Result], name: str, title: str) -> list[str]:
+    """Another figure of a table's runs by row, its mean over seeds."""
+    rows = {}
+    for row in row_order(results[0]["table"], results):
+        by_seed = {
+            r["seed"]: r["figures"][name] for r in results if r["row"] == row and r["figures"].get(name) is not None
+        }
+        if by_seed:
+            rows[row] = number(mean(by_seed.values()))
+    return [f"{title}: {', '.join(f'{row} {value}' for row, value in rows.items())}."] if rows else []
+
+
+def describe_missing(table: str, results: Sequence[Result]) -> list[str]:
+    """The rows of a table that have not been run, or not in every column of the others."""
+    columns = {result["column"] for result in results} - {MEAN}
+    found = {(result["row"], result["column"]) for result in results}
+    missing = [row for row in ROWS[table] if any((row, column) not in found for column in columns)]
+    return [f"Not run, or not in every column: {', '.join(missing)}."] if missing else []
+
+
+def describe_tasks(results: Sequence[Result]) -> list[str]:
+    """Tokens of a row in each task of Table 6, and where the rows come from if they are no files."""
+    lines = []
+    for column in dict.fromkeys(result["column"] for result in results if result["settings"]):
+        settings = next(result["settings"] for result in results if result["column"] == column)
+        origin = settings["data"].get("dataset", "generated" if "generated" in settings["data"] else "")
+        lines.append(f"{column.upper()} {settings['training']['max_length']}{origin and f' ({origin})'}")
+    text = f"Tokens of a row at most: {', '.join(lines)}."
+    if any(result["column"] == "retrieval" for result in results):
+        text += " Retrieval is a stand-in for the Arena's, pairs of texts of invented words."
+    if any(result["column"] == "pathfinder" for result in results):
+        text += " The distance between its dots alone tells 72 % of Pathfinder's labels."
+    return [text]
+
+
+def describe_time(results: Sequence[Result]) -> str:
+    """Core-hours of all runs, each counted once, by table."""
+    hours: dict[str, float] = {}
+    for result in results:
+        if "trained_for" not in result:
+            hours[result["table"]] = hours.get(result["table"], 0.0) + time_of(result) / 3600
+    listed = ", ".join(f"{table} {hours[table]:.2f}" for table in TABLES if table in hours)
+    return f"Core-hours by table: {listed}; together {sum(hours.values()):.1f}."
+
+
 def describe_steps(results: Sequence[Result]) -> str | None:
-    """How long each row of a table was trained; None if all were trained equally long."""
+    """How long each row of a table was trained; None if all rows of each column were trained equally long."""
     steps: dict[str, set[int]] = {}
+    by_column: dict[str, set[int]] = {}
     for result in results:
         if "training" in result["settings"]:
-            steps.setdefault(result["row"], set()).add(result["settings"]["training"]["max_steps"])
-    if len(set().union(*steps.values())) < 2:
+            count = result["settings"]["training"]["max_steps"]
+            steps.setdefault(result["row"], set()).add(count)
+            by_column.setdefault(result["column"], set()).add(count)
+    if all(len(counts) < 2 for counts in by_column.values()):
         return None
     listed = (f"{row}: {' and '.join(map(str, sorted(counts)))}" for row, counts in steps.items())
     return f"Rows differ in their steps of training: {', '.join(listed)}."
@@ -267,9 +396,11 @@ def draw(folder: Path) -> None:
 def markdown(results: Sequence[Result], images: Sequence[str] = ()) -> str:
     """The report. `images` are the names of the figures beside it."""
     parts = ["# The tables of the paper at laptop scale", INTRODUCTION, *describe_settings(results)]
-    parts += ["## Conclusions", "\n".join(f"- {sentence}" for sentence in conclusions(results))]
+    parts += [describe_time(results)]
+    averaged = with_means(results)
+    parts += ["## Conclusions", "\n".join(f"- {sentence}" for sentence in conclusions(averaged))]
     for table in TABLES:
-        mine = [result for result in results if result["table"] == table]
+        mine = [result for result in averaged if result["table"] == table]
         if not mine:
             continue
         parts.append(f"## {TITLES[table]}")
@@ -279,7 +410,10 @@ def markdown(results: Sequence[Result], images: Sequence[str] = ()) -> str:
             orders = [text for column in columns if (text := describe_order(table, column, mine)) is not None]
             parts += ["\n".join(f"- {text}" for text in orders)] if orders else []
             parts += [describe_blocks(mine)] if table == "11" else []
-            parts += describe_skyformer(mine) if table == "6" else []
+            parts += [*describe_tasks(mine), *describe_chance(mine), *describe_skyformer(mine)] if table == "6" else []
+            parts += describe_missing(table, mine)
+            for name, title in ALSO_SHOWN.get(table, {}).items():
+                parts += describe_figure(mine, name, title)
         else:
             parts += OTHER_TABLES[table](mine)
         if (steps := describe_steps(mine)) is not None:
@@ -307,7 +441,7 @@ def describe_settings(results: Sequence[Result]) -> list[str]:
             if str(value) not in values.setdefault(name, []):
                 values[name].append(str(value))
         shown = [f"{name.rpartition('.')[2]} {' or '.join(values[name])}" for name in SHOWN if name in values]
-        seconds = [result["seconds"] for result in results if result["settings"]["task"] == kind]
+        seconds = [time_of(result) for result in results if result["settings"]["task"] == kind]
         lines.append(f"- {KINDS[kind]}: {', '.join([*shown, f'{statistics.median(seconds):.0f} s a cell'])}.")
     return ["\n".join(lines)]
 
@@ -339,13 +473,23 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return pairs
 
 
+ROWS: dict[str, Iterable[str]] = {
+    **{table: [row.row for row in find_ablations(int(table))] for table in ABLATION_TABLES},
+    "2": GRADIENT_ROWS,
+    "4": CAUSAL_MODELS,
+    "4b": CAUSAL_MODELS,
+    "5": GLUE_MODELS,
+    "6": ARENA_MODELS,
+    "long": LONG_MODELS,
+    "long2": LONG_GRADIENT_ROWS,
+    "fig2": CURVES,
+}
+
+
 def row_order(table: str, results: Sequence[Result]) -> list[str]:
     """The rows of a table, in the order of the paper."""
-    present = dict.fromkeys(result["row"] for result in results)
-    if table in ABLATION_TABLES:
-        return [row.row for row in find_ablations(int(table)) if row.row in present]
-    known = {"2": GRADIENT_ROWS, "4": CAUSAL_MODELS, "5": GLUE_MODELS, "6": ARENA_MODELS, "fig2": CURVES}[table]
-    return [row for row in known if row in present]
+    present = {result["row"] for result in results}
+    return [row for row in ROWS[table] if row in present]
 
 
 def draw_table(table: str, results: Sequence[Result]) -> str:
@@ -398,6 +542,7 @@ def draw_speed(results: Sequence[Result]) -> list[str]:
         parts += [
             f"{task.capitalize()}, steps per second, and the power of the length n by which a step's time grows.",
             markdown_table(["", *map(str, lengths), "time"], lines),
+            "\n".join(f"- {sentence}" for sentence in describe_speed(rows, task)),
         ]
         lines = [
             [model, *(f"{peak[n] / 1e6:,.0f}" if n in peak else "–" for n in lengths), exponent(peak)]
@@ -408,6 +553,25 @@ def draw_speed(results: Sequence[Result]) -> list[str]:
             markdown_table(["", *map(str, lengths), "memory"], lines),
         ]
     return parts
+
+
+FASTER_THAN = {"Transformer": "vanilla", "Performer": "performer", "FLASH": "flash", "1+elu": "1+elu"}
+
+
+def describe_speed(rows: Sequence[Mapping[str, Any]], task: str) -> list[str]:
+    """Whether T2 is faster than a row, as in the paper, by length; ratios within 2 % of 1 count for neither."""
+    steps = by_length(rows, "steps_per_second")
+    mine = steps.get("transnormer-t2-bidirectional", {})
+    sentences = []
+    for name, model in FASTER_THAN.items():
+        ratios = {n: mine[n] / steps[model][n] for n in sorted(mine) if n in steps.get(model, {})}
+        if not ratios:
+            continue
+        signs = [(ratio > 1 + TOO_SMALL) - (ratio < 1 - TOO_SMALL) for ratio in ratios.values()]
+        verdict = "holds" if min(signs) > 0 else "does not hold" if max(signs) < 0 else "depends on the length"
+        listed = ", ".join(f"{ratio:.2f} at {n}" for n, ratio in ratios.items())
+        sentences.append(f"T2 is faster than {name} in {task}: **{verdict}** (ratio {listed}).")
+    return sentences
 
 
 def by_length(rows: Iterable[Mapping[str, Any]], name: str) -> dict[str, dict[int, float]]:
@@ -504,7 +668,7 @@ IMAGES = {
     "fig2": "accumulated_attention",
     "lln": "log_normal",
     "7": "speed",
-    **{table: f"table{table}." for table in ABLATION_TABLES},
+    **{table: f"table{table}." for table in (*ABLATION_TABLES, "4", "4b", "long")},
 }
 
 
@@ -581,6 +745,9 @@ def _plot_speed(canvas: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     memory_axes.set(ylabel="peak memory, MB")
     for axes in (time_axes, memory_axes):
         axes.set(xlabel="tokens", xscale="log", yscale="log")
+        lengths = sorted({row["length"] for row in rows})
+        axes.set_xticks(lengths, [f"{length / 1024:g}K" for length in lengths])
+        axes.tick_params(axis="x", which="minor", labelbottom=False)
         axes.grid(alpha=0.3, which="both")
     memory_axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
