@@ -148,8 +148,8 @@ def diag_attention(
 def simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8, backend: str = "auto") -> torch.Tensor:
     """SimpleRMSNorm: x / (rms(x) + eps) over the last dimension, without weights; shape and dtype of hidden_states.
 
-    backend: "triton" is one kernel, which "auto" takes for CUDA tensors; all others are `eager_simple_rms_norm`. Raises
-    ValueError for an unknown backend, or one that cannot run here.
+    backend: "triton" is one kernel, which "auto" takes for CUDA tensors; all others compute `eager_simple_rms_norm`,
+    and all but "eager" its gradient from the result. Raises ValueError for an unknown backend, or one that cannot run.
     """
     if resolve_backend(backend, hidden_states) == "triton":
         return triton_simple_rms_norm(hidden_states, eps)
@@ -162,7 +162,7 @@ def simple_rms_norm(hidden_states: torch.Tensor, eps: float = 1e-8, backend: str
 
 
 class SimpleRMSNorm(torch.autograd.Function):
-    """`eager_simple_rms_norm` and the rms of each row. Its gradient keeps the result, as the next projection does."""
+    """`eager_simple_rms_norm` and the rms of each row, (..., 1). Its gradient needs no more than these two."""
 
     generate_vmap_rule = True
 

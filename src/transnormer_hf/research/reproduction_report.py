@@ -346,7 +346,7 @@ def describe_tasks(results: Sequence[Result]) -> list[str]:
     if any(result["column"] == "retrieval" for result in results):
         text += " Retrieval is a stand-in for the Arena's, pairs of texts of invented words."
     if any(result["column"] == "pathfinder" for result in results):
-        text += " The distance between its dots alone tells 72 % of Pathfinder's labels."
+        text += " Part of Pathfinder's labels can be told from the distance between its dots."
     return [text]
 
 
