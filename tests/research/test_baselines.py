@@ -447,6 +447,16 @@ def test_parameters_are_those_of_the_backbone_without_lrpe():
         assert AutoModelForMaskedLM.from_config(baseline_config(base, mixer)).num_parameters() == ours
 
 
+def test_a_baseline_keeps_what_its_backbone_was_given_apart_from_attentions():
+    given = {"pooling": "mean", "classifier_dropout": 0.3, "intermediate_size": 48, "max_position_embeddings": 96}
+    base = TransNormerConfig(**FIELDS | given)
+    of_baseline = baseline_config(base, "performer").to_dict()
+    changed = {name for name, value in base.to_dict().items() if of_baseline[name] != value}
+    assert changed == {"model_type", "layer_types", "use_cache"}
+    causal = TransNormerConfig(**FIELDS | {"is_causal": True})
+    assert baseline_config(causal, "performer").pooling == "last"
+
+
 def test_layers_may_mix_baselines_and_our_own_attentions():
     layer_types = ["softmax", "linear_attention", "1+elu", "chunked_attention"]
     config = BaselineConfig(**FIELDS | {"num_hidden_layers": 4, "layer_types": layer_types})

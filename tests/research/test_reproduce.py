@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import reproduce
 from transnormer_hf.research import paper, reproduction, reproduction_report
+from transnormer_hf.research.ablations import VANILLA_BACKBONE
 from transnormer_hf.research.reproduction import plan_cells, scale
 from transnormer_hf.research.reproduction_report import conclusions, describe_order, judge, markdown
 
@@ -601,6 +602,19 @@ def test_rivals_have_the_size_of_the_others_and_blocks_as_short_as_the_texts():
         with torch.device("meta"):
             weights[row] = AutoModelForCausalLM.from_config(config).num_parameters()
     assert all(0.9 < weights[row] / weights["Vanilla"] < 1.25 for row in weights)
+
+
+@pytest.mark.parametrize("table", ["4", "5", "6"])
+def test_rows_of_whole_models_differ_in_their_attention_and_what_the_paper_puts_around_it(table):
+    of_the_row = {"variant", "feature_map", "diag_activation", "attention_norm_type", "layer_types", "lm_head_bias"}
+    of_the_row |= {"model_type", "mixer", "mixer_options", "num_hidden_layers"}  # FLASH has more layers
+    of_the_row |= set(VANILLA_BACKBONE)  # Tables 4 and 5: that of Tables 1 and 3
+    cells = plan_cells([table], [1], scale(1), DATA)
+    models = {(cell.column, cell.row): cell.settings.get("pretrained", cell.settings)["model"] for cell in cells}
+    for (column, _), model in models.items():
+        reference = models[column, "T2"]
+        changed = {name for name in model.keys() | reference.keys() if model.get(name) != reference.get(name)}
+        assert changed <= of_the_row
 
 
 def test_growth_is_a_power_of_the_length():

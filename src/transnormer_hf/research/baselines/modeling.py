@@ -95,7 +95,7 @@ class BaselineConfig(TransNormerConfig):
 
 # Fields about a configuration's class and files, and those that depend on its attentions.
 NOT_CARRIED_OVER = {"model_type", "architectures", "auto_map", "transformers_version", "use_cache", "mixer"}
-NOT_CARRIED_OVER |= {"mixer_options", *DERIVED_FIELDS} - {"intermediate_size", "max_position_embeddings"}
+NOT_CARRIED_OVER |= {"mixer_options", *DERIVED_FIELDS} - {"intermediate_size", "max_position_embeddings", "pooling"}
 
 
 def baseline_config(config: TransNormerConfig, mixer: str, **mixer_options: Any) -> BaselineConfig:
