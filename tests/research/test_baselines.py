@@ -267,6 +267,24 @@ def test_padding_changes_nothing(mixer, causal, side):
         torch.testing.assert_close(output[:, left : left + seq], alone)
 
 
+@of_each_mixer
+def test_outputs_at_padding_are_no_larger_than_those_of_real_tokens(mixer):
+    """Nobody reads them, but batch norm counts them in."""
+    base = TransNormerConfig(
+        vocab_size=40, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=128,
+        initializer_range=0.1, norm_type="batch", norm_placement="pre", position_embedding="sinusoidal",
+    )  # fmt: skip
+    model = AutoModel.from_config(baseline_config(base, mixer)).train()
+    outputs = []
+    model.layers[0].self_attn.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+    lengths = torch.tensor([128, 20, 35, 50, 65, 80, 95, 110])
+    for ids in torch.randint(3, 40, (4, 8, 128)):
+        mask = (torch.arange(128) < lengths[:, None]).long()
+        model(ids * mask + (1 - mask), attention_mask=mask)
+        sizes = outputs.pop().norm(dim=-1)  # (batch, seq)
+        assert sizes[mask == 0].max() < 4 * sizes[mask == 1].max()
+
+
 @of_each_form
 def test_row_of_padding_is_finite_forward_and_backward(mixer, causal):
     hidden_states = random_hidden_states().requires_grad_()

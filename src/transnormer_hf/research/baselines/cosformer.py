@@ -29,6 +29,8 @@ class CosformerMixer(FeatureMixer):
             lengths = torch.full((1,), seq_len, device=query.device)
         else:
             lengths = positions.masked_fill(~metadata.is_real, 0).amax(-1, keepdim=True) + 1  # (batch, 1)
+        # padding stands at the end of the text: farther off, its scores would be negative and might cancel in the sum
+        positions = torch.minimum(positions, lengths - 1)
         angles = (torch.pi / 2 * positions / lengths).to(query.dtype)
         if angles.dim() == 2:
             angles = angles[:, None]  # (batch, 1, seq)
