@@ -15,7 +15,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # The release of this package that these files belong to; `save_pretrained` records it beside the code that it writes.
-CODE_VERSION = "0.4.1"
+CODE_VERSION = "0.4.2"
 
 # Both attentions of each variant: T1 pairs relu blocks with phi = elu, T2 softmax blocks
 # with phi = 1 + elu.
