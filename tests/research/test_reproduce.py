@@ -573,6 +573,8 @@ def test_more_is_better_where_the_figure_is_an_accuracy():
         for row, value, paper in (("Transformer", 0.3, 38.37), ("Performer", 0.2, 38.02), ("T2", 0.4, 41.60))
     ]
     assert "is the paper's: T2 > Transformer > Performer" in describe_order("6", "listops", results)
+    same = [result("5", row, 0.0, column="cola", paper=paper) for row, paper in (("T1", 45.4), ("T2", 45.9))]
+    assert describe_order("5", "cola", same) == "COLA: there is no order here, all 2 rows have the same figure."
 
 
 def test_rank_correlation_is_scipys():

@@ -264,10 +264,12 @@ def describe_order(table: str, column: str, results: Sequence[Result]) -> str | 
                 rows[result["row"]] = (mean(values.values()), result["paper"])
     if len(rows) < 2:
         return None
+    text = f"{column.upper()}: " if column else ""
+    if len({ours for ours, _ in rows.values()}) == 1:
+        return f"{text}there is no order here, all {len(rows)} rows have the same figure."
     sign = -1 if FIGURES[table].higher_is_better else 1
     ours = sorted(rows, key=lambda row: sign * rows[row][0])
     papers = sorted(rows, key=lambda row: sign * rows[row][1])
-    text = f"{column.upper()}: " if column else ""
     text += "the order of the rows is the paper's" if ours == papers else "the order of the rows is not the paper's"
     text += f": {' < '.join(ours)}" if sign > 0 else f": {' > '.join(ours)}"
     if ours != papers:
