@@ -40,7 +40,7 @@ TITLES = {
     "3": "Table 3: 1+elu and softmax in early and late layers",
     "4": "Table 4: causal language modelling",
     "4b": f"Table 4, trained {LONGER} times as long",
-    "5": "Table 5: GLUE, fine-tuned from the masked language models above",
+    "5": "Table 5: GLUE, fine-tuned from masked language models (perplexities below)",
     "6": "Table 6: Long-Range Arena",
     "7": "Table 7: speed",
     "8": "Table 8: share of DiagAttention layers",

@@ -22,7 +22,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from ...model.configuration_transnormer import ANY_LENGTH, DERIVED_FIELDS, LAYER_TYPES, TransNormerConfig
+from ...model.configuration_transnormer import ANY_LENGTH, LAYER_TYPES, TransNormerConfig
 from ...model.modeling_transnormer import (
     TransNormerForCausalLM,
     TransNormerForMaskedLM,
@@ -95,7 +95,7 @@ class BaselineConfig(TransNormerConfig):
 
 # Fields about a configuration's class and files, and those that depend on its attentions.
 NOT_CARRIED_OVER = {"model_type", "architectures", "auto_map", "transformers_version", "use_cache", "mixer"}
-NOT_CARRIED_OVER |= {"mixer_options", *DERIVED_FIELDS} - {"intermediate_size", "max_position_embeddings", "pooling"}
+NOT_CARRIED_OVER |= {"mixer_options", "layer_types", "feature_map", "diag_activation", "attention_norm_type"}
 
 
 def baseline_config(config: TransNormerConfig, mixer: str, **mixer_options: Any) -> BaselineConfig:
