@@ -238,6 +238,17 @@ def test_memory_is_that_of_a_process_of_its_own():
     assert all("it raised" in found["skipped"] for found in broken.values())
 
 
+@pytest.mark.slow
+def test_peak_of_training_does_not_depend_on_a_run_before_it():
+    """What inference has freed stays with its process, where a training step would take it unseen."""
+    setting = SETTING._replace(size=contenders.Size(64, 2, 4, 256))
+    alone, after_inference = (
+        runs.probe_alone(runs.Cell("performer", 4096, 1, tasks), setting, max_seconds=60.0)["training"]["peak_bytes"]
+        for tasks in (("training",), runs.TASKS)
+    )
+    assert after_inference == pytest.approx(alone, rel=0.25)
+
+
 def test_resumed_run_keeps_what_it_has_and_times_the_rest(tmp_path):
     few = ["--quick", "--models", "transnormer-t2,bert", "--contexts", "64", "--output_dir", str(tmp_path)]
     first = benchmark_model.main([*few, "--lengths", "64"])
