@@ -589,7 +589,7 @@ def headline(content: Mapping[str, Any]) -> str:
     if "diverged" in content:
         return f"step {content['diverged']['step']}, loss {content['diverged']['loss']}"
     name, value = next(iter(content["figures"].items()))
-    return f"{name} {value:.4g}"
+    return ", ".join(content["figures"]) if isinstance(value, list) else f"{name} {value:.4g}"  # speed has tables
 
 
 def list_cells(folder: Path, cells: Sequence[Cell]) -> str:

@@ -577,6 +577,17 @@ def test_more_is_better_where_the_figure_is_an_accuracy():
     assert describe_order("5", "cola", same) == "COLA: there is no order here, all 2 rows have the same figure."
 
 
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        ({"perplexity": 47.5712, "loss": 3.9}, "perplexity 47.57"),
+        ({"training": [{"model": "vanilla"}], "inference": []}, "training, inference"),
+    ],
+)
+def test_headline_is_the_first_figure_or_what_was_measured(figures, expected):
+    assert reproduce.headline({"status": "done", "figures": figures}) == expected
+
+
 def test_rank_correlation_is_scipys():
     stats = pytest.importorskip("scipy.stats")
     first, second = torch.randint(5, (2, 12)).double().tolist()
