@@ -2,7 +2,7 @@
 #
 #   make demo      fine-tune a small TransNormer on film reviews, reload it from its folder, classify (about 3 minutes)
 #                  make demo TEXTS="'A joy from start to finish.' 'Two hours I will not get back.'"
-#   make demo-pretrained   the same films with a sentence encoder as a start, made linear first (takes longer than make demo)
+#   make demo-pretrained   the same films with a sentence encoder as a start, made linear first (about 10 minutes)
 #   make test      the quick tests        make test-all   also the slow ones
 #   make quality   lint and type-check    make style      apply the formatter
 #   make bench     measure the ops and the models
