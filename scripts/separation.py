@@ -4,6 +4,8 @@
     python scripts/separation.py --output_dir outputs/separation             # the planted token, seconds
     python scripts/separation.py --train --output_dir outputs/separation     # and single-location regression, minutes
 
+Models that the report in `output_dir` has already are not trained again.
+
 The question is that of "Superiority of Softmax" (arXiv 2310.11685): can attention tell a text with one marked token
 from one without, however long it is? We could not check its theorem and constants against the paper. Both experiments
 are our own stand-ins.
@@ -22,6 +24,7 @@ share of the targets' variance that is explained on fresh texts, at best 1.
 
 import argparse
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,7 @@ THRESHOLD = 0.5
 WIDTH, HEADS, DIRECTIONS = 64, 2, 16
 UNMATCHED = "lln_unmatched"  # LLN without moment matching, alpha = beta = 1
 MODELS = ("t1", "t2", *MIXERS, UNMATCHED)
+ROW = ("model", "n", "steps", "seed")  # what a trained row depends on
 
 
 def planted_weight(n: int, a: float, attention: str) -> float:
@@ -162,11 +166,13 @@ def tables(report: dict[str, Any]) -> str:
         lines.append(f"| {row['n']} | {row['attention']} | {' | '.join(numbers)} | {verdict} |")
     if report["trained"]:
         lines += ["", "## Single-location regression: share of the variance explained", ""]
-        lines += ["| model | n | steps | seed | explained |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {row['model']} | {row['n']} | {row['steps']} | {row['seed']} | {row['explained']:.3f} |"
-            for row in report["trained"]
-        ]
+        lines += ["| model | n | steps | mean over the seeds | each seed |", "|---|---|---|---|---|"]
+        seeds: dict[tuple[str, int, int], dict[int, float]] = {}
+        for row in report["trained"]:
+            seeds.setdefault((row["model"], row["n"], row["steps"]), {})[row["seed"]] = row["explained"]
+        for (model, n, steps), explained in sorted(seeds.items(), key=lambda item: item[0][1:]):
+            each = ", ".join(f"{seed}: {share:.3f}" for seed, share in sorted(explained.items()))
+            lines.append(f"| {model} | {n} | {steps} | {statistics.mean(explained.values()):.3f} | {each} |")
     return "\n".join(lines) + "\n"
 
 
@@ -190,10 +196,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.steps < 10:
         parser.error(f"--steps {options.steps}: must be at least 10.")
     set_seed(0)
-    report: dict[str, Any] = {"threshold": THRESHOLD, "planted": planted_rows(options.lengths), "trained": []}
+    earlier = options.output_dir / "separation.json"
+    trained = json.loads(earlier.read_text())["trained"] if earlier.is_file() else []
+    report: dict[str, Any] = {"threshold": THRESHOLD, "planted": planted_rows(options.lengths), "trained": trained}
+    known = {tuple(row[field] for field in ROW) for row in trained}
 
     def save() -> None:  # after each model, so that a run that is cut off leaves what it has
-        write_atomically(options.output_dir / "separation.json", json.dumps(report, indent=1) + "\n")
+        write_atomically(earlier, json.dumps(report, indent=1) + "\n")
         write_atomically(options.output_dir / "separation.md", tables(report))
 
     save()
@@ -201,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for n in options.train_lengths:
             for seed in options.seeds:
                 for name in options.models:
+                    if (name, n, options.steps, seed) in known:
+                        continue
                     report["trained"].append(train_row(name, n, options.steps, seed))
                     save()
     print(tables(report))

@@ -34,16 +34,24 @@ def test_every_model_trains(name, monkeypatch):
     assert row["explained"] < 1
 
 
-def test_training_is_written_model_by_model(tmp_path, monkeypatch):
-    def fail_at_the_second(name, *arguments):
-        if name == "t2":
-            raise KeyboardInterrupt
-        return {"model": name, "n": 64, "steps": 10, "seed": 0, "explained": 0.5}
+def test_an_interrupted_training_keeps_its_rows_and_goes_on(tmp_path, monkeypatch):
+    trained = []
 
-    monkeypatch.setattr(separation, "train_row", fail_at_the_second)
+    def train_row(name, n, steps, seed):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append((name, seed))
+        return {"model": name, "n": n, "steps": steps, "seed": seed, "explained": 0.5 + seed / 10}
+
+    monkeypatch.setattr(separation, "train_row", train_row)
+    arguments = ["--lengths", "10", "--train", "--train_lengths", "64", "--models", "t1", "--output_dir", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
-        separation.main(["--lengths", "10", "--train", "--output_dir", str(tmp_path)])
-    assert "| t1 | 64 | 10 | 0 | 0.500 |" in (tmp_path / "separation.md").read_text()
+        separation.main([*arguments, "--seeds", "0", "1", "2"])
+    assert "| t1 | 64 | 1000 | 0.550 | 0: 0.500, 1: 0.600 |" in (tmp_path / "separation.md").read_text()
+    trained.clear()
+    separation.main([*arguments, "--seeds", "0", "1", "2"])
+    assert trained == [("t1", 2)]
+    assert "| t1 | 64 | 1000 | 0.600 | 0: 0.500, 1: 0.600, 2: 0.700 |" in (tmp_path / "separation.md").read_text()
 
 
 @pytest.mark.slow
