@@ -46,7 +46,6 @@ THRESHOLD = 0.5
 WIDTH, HEADS, DIRECTIONS = 64, 2, 16
 UNMATCHED = "lln_unmatched"  # LLN without moment matching, alpha = beta = 1
 MODELS = ("t1", "t2", *MIXERS, UNMATCHED)
-ROW = ("model", "n", "steps", "seed")  # what a trained row depends on
 
 
 def planted_weight(n: int, a: float, attention: str) -> float:
@@ -199,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     earlier = options.output_dir / "separation.json"
     trained = json.loads(earlier.read_text())["trained"] if earlier.is_file() else []
     report: dict[str, Any] = {"threshold": THRESHOLD, "planted": planted_rows(options.lengths), "trained": trained}
-    known = {tuple(row[field] for field in ROW) for row in trained}
+    known = {(row["model"], row["n"], row["steps"], row["seed"]) for row in trained}
 
     def save() -> None:  # after each model, so that a run that is cut off leaves what it has
         write_atomically(earlier, json.dumps(report, indent=1) + "\n")

@@ -86,6 +86,11 @@ def test_products_are_counted_in_every_model():
     assert flops["llama", "inference"] == pytest.approx(2 * 2 * 256**2 * 64 * 2 / 2, rel=0.01)  # half of the map, twice
 
 
+def test_an_attention_of_unknown_flops_is_named():
+    with pytest.raises(NotImplementedError, match="The FLOPs of band_forward are not known"):
+        runs.attention_flops("band_forward", torch.zeros(1, 1, 4, 8))
+
+
 def test_compiled_models_stand_beside_the_eager_ones(tmp_path, monkeypatch):
     real = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **options: real(model, backend="eager", **options))
