@@ -24,8 +24,8 @@ at the rate of a product of 1024 x 1024 matrices that is timed in the same turn.
 Peak memory is that of one run above what was held before: without the weights, but in training with their gradients.
 On a GPU it is torch's count of allocated bytes. On the CPU it is resident memory: each model, length and task gets a
 process of its own, whose high-water mark is read after its first run (on Linux; elsewhere ru_maxrss, in which an
-earlier peak may hide a smaller one). With glibc that is what the tensors take; the gaps between them in its heap, which
-come on top where a program does not ask it for anything else, may be as much again. With --quick it is measured in this
+earlier peak may hide a smaller one). With glibc these processes give freed tensors back at once, so it is what tensors
+take; in other processes the gaps of its heap come on top, up to as much again. With --quick it is measured in this
 process, only to show that it can be.
 """
 
