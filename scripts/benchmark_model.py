@@ -6,7 +6,8 @@
         --max_minutes 300                               # everything that runs
     python scripts/benchmark_model.py --table7          # the form of the paper's Table 7
     python scripts/benchmark_model.py --table7 --hidden_size 768 --num_hidden_layers 12 --num_attention_heads 12 \\
-        --models vanilla,nystrom,lln,lln-diag,transnormer-t2-bidirectional --lengths 512,1024,2048,4096,8192,16384
+        --models vanilla,nystrom,lln,lln-diag,transnormer-t2-bidirectional --lengths 512,1024,2048,4096,8192,16384 \\
+        --repeats 1 --max_seconds_per_cell 600 --max_minutes 90             # RoBERTa-base's size
     python scripts/benchmark_model.py --compile         # each model a second time, by torch.compile
 
 All models have one size (6 layers, width 512 and 8 heads unless options say another), random weights and no dropout. A
